@@ -1,0 +1,41 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steepest.optim.rule import Hyper, Rule, State
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """SGD with heavy-ball momentum (Polyak, 1964; Sutskever et al., ICML 2013).
+
+    m <- mu m + g;  u = m, or g + mu m with nesterov
+
+    The learning rate stays outside the buffer, as in torch.optim.SGD. Weight decay is decoupled
+    (SGDW: Loshchilov & Hutter, arXiv:1711.05101, Algorithm 1), unlike torch's, which adds it to g.
+    """
+
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    elementwise: ClassVar[bool] = True
+    structural: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def init(self, param: Tensor) -> State:
+        """Return the momentum buffer, or nothing when momentum is 0."""
+        return {"momentum": torch.zeros_like(param)} if self.momentum else {}
+
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        """Return the momentum (or the gradient where there is none)."""
+        if "momentum" not in state:
+            return grad, {}
+        m = h.momentum * state["momentum"] + grad
+        return (grad + h.momentum * m if self.nesterov else m), {"momentum": m}

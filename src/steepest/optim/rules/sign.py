@@ -1,0 +1,58 @@
+"""Sign methods: every element moves by the same amount."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steepest.optim.rule import Hyper, Rule, State, ema
+
+
+@dataclass(frozen=True)
+class Signum(Rule):
+    """Signum, the sign of momentum (Bernstein et al., 2018, arXiv:1802.04434, Algorithm 2).
+
+    m <- b m + (1 - b) g;  u = sign(m)
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+
+    elementwise: ClassVar[bool] = True
+
+    def init(self, param: Tensor) -> State:
+        """Return the gradient's moving average, zero."""
+        return {"momentum": torch.zeros_like(param)}
+
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        """Return the sign of the new moving average."""
+        m = ema(state["momentum"], grad, h.momentum)
+        return torch.sign(m), {"momentum": m}
+
+
+@dataclass(frozen=True)
+class Lion(Rule):
+    """Lion, evolved sign momentum (Chen et al., 2023, arXiv:2302.06675, Algorithm 2).
+
+    u = sign(b1 m + (1 - b1) g);  m <- b2 m + (1 - b2) g
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    elementwise: ClassVar[bool] = True
+
+    def init(self, param: Tensor) -> State:
+        """Return the gradient's moving average, zero."""
+        return {"momentum": torch.zeros_like(param)}
+
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        """Return the sign of the interpolation between the average and the gradient."""
+        b1, b2 = h.betas
+        m = state["momentum"]
+        return torch.sign(ema(m, grad, b1)), {"momentum": ema(m, grad, b2)}

@@ -1,0 +1,126 @@
+"""A race while it runs: what is under way, how far, how long still."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from steepest.report import formatting
+from steepest.study.executor import Task
+from steepest.train import Progress as RunProgress
+
+
+class LiveRace:
+    """Shows a race in the terminal, and prints a line for every run that ends.
+
+    Where the output is not a terminal, only those lines are printed.
+    """
+
+    def __init__(self, console: Console, *, runs: int, steps: int) -> None:
+        self.console, self.runs, self.steps = console, runs, steps
+        self.started = time.monotonic()
+        self.done = 0
+        self.running: dict[str, tuple[Task, RunProgress]] = {}
+        self.bar = Progress(
+            TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+        )
+        self.task = self.bar.add_task("runs", total=runs, left="")
+        self.live = Live(self._view(), console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def progress(self, task: Task, progress: RunProgress) -> None:
+        """Show how far a run is."""
+        if progress.phase == "done":
+            self.running.pop(task.label, None)
+        else:
+            self.running[task.label] = (task, progress)
+        self._refresh()
+
+    def finished(self, task: Task, result: dict[str, Any]) -> None:
+        """Print how a run ended."""
+        self.running.pop(task.label, None)
+        self.done += 1
+        end = (
+            f"diverged: {result['reason']}"
+            if result["status"] == "diverged"
+            else f"loss {result['val_loss']:.4f}  {result['tokens_per_second'] / 1e3:.0f}k tokens/s"
+        )
+        left = self._left()
+        self.console.print(
+            f"[{self.done:>{len(str(self.runs))}}/{self.runs}] {task.label}: {end}"
+            + ("" if self.console.is_terminal or not left else f"  ({left})"),
+            markup=False,
+            highlight=False,
+        )
+        self._refresh()
+
+    def _left(self) -> str:
+        """Return the time left, by the pace since the first run ended or moved."""
+        steps = self.done * self.steps + sum(p.step for _, p in self.running.values())
+        total = self.runs * self.steps
+        if not steps or steps >= total:
+            return ""
+        elapsed = time.monotonic() - self.started
+        return f"about {formatting.duration(elapsed / steps * (total - steps))} left"
+
+    def _refresh(self) -> None:
+        self.bar.update(self.task, completed=self.done, left=self._left())
+        self.live.update(self._view())
+
+    def _view(self) -> Group:
+        table = Table("run", "step", "loss", "tokens/s", box=None, pad_edge=False)
+        for label, (_, progress) in sorted(self.running.items()):
+            table.add_row(
+                label,
+                f"{progress.step}/{progress.steps}",
+                "" if progress.loss is None else f"{progress.loss:.3f}",
+                f"{progress.tokens_per_second:,.0f}" if progress.step else progress.phase,
+            )
+        return Group(table, self.bar)
+
+
+class LiveRun:
+    """Shows a single run in the terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.task = self.bar.add_task("preparing", total=None, detail="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, progress: RunProgress) -> None:
+        """Show how far the run is."""
+        loss = "" if progress.loss is None else f"loss {progress.loss:.3f}, "
+        self.bar.update(
+            self.task,
+            description=progress.phase,
+            total=progress.steps,
+            completed=progress.step,
+            detail=f"{loss}{progress.tokens_per_second:,.0f} tokens/s",
+        )

@@ -1,0 +1,142 @@
+"""Runs side by side on one machine: processes of their own, one torch thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steepest.errors import UserError
+from steepest.train import Progress, RunConfig, Runtime
+from steepest.train import run as train_run
+
+WORKER_ENVIRONMENT = {
+    # One thread a run: runs that share cores with spinning threads slow each other manyfold.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    # Keep freed memory: giving it back and faulting it in again costs up to a tenth of a step.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+}
+"""Set before a worker starts, because its libraries read these once."""
+
+POLL_SECONDS = 0.2
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to do, with a label for whoever watches."""
+
+    label: str
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that is done."""
+
+    task: Task
+    result: dict[str, Any]
+
+
+OnProgress = Callable[[Task, Progress], None]
+
+
+class LocalExecutor:
+    """A pool of worker processes. Workers live across runs, so they import and compile once."""
+
+    def __init__(self, jobs: int, runs_dir: Path, on_progress: OnProgress) -> None:
+        self.runs_dir, self.on_progress = runs_dir, on_progress
+        self.context = multiprocessing.get_context("spawn")
+        self.messages: Any = self.context.Queue()
+        self.tasks: dict[int, Task] = {}
+        self.pending: dict[Future[dict[str, Any]], Task] = {}
+        with _environment(WORKER_ENVIRONMENT):
+            self.pool = ProcessPoolExecutor(
+                jobs, self.context, initializer=_start, initargs=(self.messages,)
+            )
+            # Workers are started by the first submissions, which must see the environment.
+            wait([self.pool.submit(os.getpid) for _ in range(jobs)])
+
+    def submit(self, task: Task) -> None:
+        """Queue a run."""
+        number = len(self.tasks)
+        self.tasks[number] = task
+        future = self.pool.submit(_work, number, task.config, self.runs_dir)
+        self.pending[future] = task
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Yield runs as they end, until none is left; runs may be submitted meanwhile.
+
+        Raises UserError if a run cannot work, or if its process was killed.
+        """
+        while self.pending:
+            done, _ = wait(self.pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            self._pass_on()
+            for future in done:
+                task = self.pending.pop(future)
+                try:
+                    yield Outcome(task, future.result())
+                except BrokenProcessPool:
+                    raise UserError(
+                        f"The process of {task.label} was killed, perhaps for want of memory; run "
+                        "the same command again to continue from the last checkpoints."
+                    ) from None
+
+    def close(self) -> None:
+        """Stop the workers, at once if runs are under way."""
+        if self.pending:
+            for process in list((self.pool._processes or {}).values()):
+                process.kill()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def _pass_on(self) -> None:
+        while True:
+            try:
+                number, progress = self.messages.get_nowait()
+            except queue.Empty:
+                return
+            self.on_progress(self.tasks[number], progress)
+
+
+_messages: Any = None
+
+
+def _start(messages: Any) -> None:
+    global _messages  # noqa: PLW0603 - how a pool's initializer hands over a queue
+    _messages = messages
+
+
+def _work(number: int, config: RunConfig, runs_dir: Path) -> dict[str, Any]:
+    def tell(progress: Progress) -> None:
+        _messages.put((number, progress))
+
+    return train_run(config, runs_dir, runtime=Runtime(threads=1), on_progress=tell)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

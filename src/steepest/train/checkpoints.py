@@ -1,0 +1,80 @@
+"""Checkpoints: whole or not there, checked when read, the last two kept."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steepest import files
+
+KEEP = 2
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return the file of the checkpoint at `step`."""
+    return folder / f"step-{step:09d}.pt"
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int = KEEP) -> None:
+    """Write the checkpoint of `step` atomically, then remove all but the last `keep`."""
+    with files.replacing(path_of(folder, step)) as temporary:
+        torch.save(state, temporary)
+    for old in _newest_first(folder)[keep:]:
+        old.unlink()
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the newest readable checkpoint, on the CPU, and a sentence per unreadable newer one.
+
+    None if there is no readable one. Checksums are verified, and nothing but tensors and plain
+    values is unpickled.
+    """
+    warnings: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            return _load(path), warnings
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            RuntimeError,
+            ValueError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.append(f"The checkpoint {path.name} could not be read ({first_line}).")
+    return None, warnings
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state to the bit.
+
+    torch's own `load_state_dict` casts state to the dtype of its parameter, which would change a
+    bfloat16 momentum or a float64 sum; what it cast is put back here.
+    """
+    optimizer.load_state_dict(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    for index, parameter in zip(indices, parameters, strict=True):
+        loaded = optimizer.state.get(parameter, {})
+        for key, value in state["state"].get(index, {}).items():
+            if isinstance(value, torch.Tensor) and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(parameter.device)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} is damaged")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,163 @@
+"""From an optimizer's name and hyperparameters to the optimizer of a model.
+
+A name is one of the catalogue ("muon"), or a class of one's own: "path/to/mine.py:Mine" or
+"package.module:Mine". A file must stand alone or import installed packages: only its own content
+is part of a run's identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import steepest
+from steepest.errors import UserError, unknown
+from steepest.train.config import OptimizerConfig
+from steepest.train.identity import is_class, is_file
+
+OptimizerClass = Callable[..., torch.optim.Optimizer]
+
+
+def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of `model` that `config` describes.
+
+    A class of one's own that takes `weight_decay` gets two parameter groups: tensors of two or more
+    dimensions with the decay of `options`, vectors without any. Otherwise it gets all parameters.
+
+    Raises UserError for an unknown name, an unknown hyperparameter, a missing file or class, or a
+    class that is no torch.optim.Optimizer.
+    """
+    options = {key: _tuple(value) for key, value in config.options.items()}
+    if not is_class(config.name):
+        try:
+            return steepest.create(config.name, model, lr=config.lr, **options)
+        except (TypeError, ValueError) as error:
+            raise _failed(config, error) from error
+    cls, _ = load_class(config.name)
+    names = _check_options(cls, config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    params: Any = parameters
+    if "weight_decay" in names:
+        params = [
+            {"params": [parameter for parameter in parameters if parameter.ndim >= 2]},
+            {
+                "params": [parameter for parameter in parameters if parameter.ndim < 2],
+                "weight_decay": 0.0,
+            },
+        ]
+    try:
+        return cls(params, lr=config.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise _failed(config, error) from error
+
+
+def source_sha256(name: str) -> str:
+    """Return the content hash of the file that defines a class given by path or module.
+
+    Empty for a name of the catalogue. Raises UserError as `build` does.
+    """
+    return load_class(name)[1] if is_class(name) else ""
+
+
+def load_class(name: str) -> tuple[OptimizerClass, str]:
+    """Return the class that "file.py:Class" or "module:Class" names, and its file's SHA-256."""
+    location, _, class_name = name.rpartition(":")
+    module = _load_file(Path(location)) if is_file(location) else _import(location)
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
+        raise UserError(f"{location}: {unknown('class', class_name, classes)}")
+    if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
+        raise UserError(f"{name} is not a class derived from torch.optim.Optimizer.")
+    file = inspect.getsourcefile(sys.modules[cls.__module__])
+    if file is None or not Path(file).is_file():
+        raise UserError(f"{name} has no source file, so its runs cannot be told apart.")
+    return cls, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _load_file(path: Path) -> types.ModuleType:
+    """Execute a file as a module, once per content; the module can be found for pickling."""
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the optimizer file {path}: {error.strerror}.") from None
+    digest = hashlib.sha256(str(path.resolve()).encode() + b"\0" + source).hexdigest()[:16]
+    name = f"steepest_custom_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = types.ModuleType(name)
+    module.__file__ = str(path.resolve())
+    sys.modules[name] = module
+    try:
+        exec(compile(source, path, "exec"), vars(module))
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(
+            f"Loading the optimizer file {path} failed with {type(error).__name__}: {error}."
+        ) from error
+    return module
+
+
+def _import(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"Cannot import {name!r}: {error}. A class of your own is given as "
+            "'path/to/file.py:Class' or 'package.module:Class'."
+        ) from None
+
+
+def _check_options(cls: OptimizerClass, config: OptimizerConfig) -> set[str]:
+    """Raise UserError unless the constructor takes lr and every option; return its names."""
+    signature = inspect.signature(cls).parameters
+    parameters = [
+        parameter
+        for parameter in list(signature.values())[1:]  # the first is the parameters to optimize
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    names = {parameter.name for parameter in parameters}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+        return names
+    for name in ("lr", *config.options):
+        if name not in names:
+            raise UserError(
+                f"{config.name}: {unknown('hyperparameter', name, names)} "
+                f"(its constructor takes {', '.join(sorted(names)) or 'none'})"
+            )
+    return names
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _failed(config: OptimizerConfig, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return UserError(f"The optimizer {config.name!r} cannot be built: {error}")
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of the optimizer's state, step counters and other 0-d tensors aside."""
+    own = getattr(optimizer, "state_bytes", None)
+    return int(own()) if callable(own) else _tensor_bytes(list(optimizer.state.values()))
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size() if value.ndim else 0
+    if isinstance(value, Mapping):
+        return sum(_tensor_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_tensor_bytes(item) for item in value)
+    return 0

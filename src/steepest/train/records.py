@@ -1,0 +1,140 @@
+"""What a run writes down: metrics as it goes, its environment, its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import steepest
+from steepest import files
+
+
+class MetricsWriter:
+    """Appends one JSON object per line; after `write`, a line survives the death of the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record. Numbers must be finite."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the whole records of a metrics file; a torn last line is left out."""
+    if not path.exists():
+        return []
+    complete, _, _ = path.read_bytes().rpartition(b"\n")
+    records = []
+    for line in complete.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # what follows a damaged line is not known to belong to this run
+            break
+    return records
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the records of later steps than `step`, and a torn last line; -1 drops all."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically. Numbers must be finite."""
+    files.write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the run executes on, as far as it can change bits or times."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "steepest": _version(),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": gpu,
+    }
+
+
+def record_session(
+    path: Path, current: dict[str, Any], started: str, step: int, warnings: list[str]
+) -> list[str]:
+    """Note in environment.json that a process works on the run from `step`; return all warnings.
+
+    The file holds the environment of the first session, and one entry per session with its start,
+    first step and warnings. A session in another environment gets a warning of its own: its losses
+    need not be those of the first environment to the bit.
+    """
+    content = json.loads(path.read_text()) if path.exists() else {**current, "sessions": []}
+    changed = [key for key in current if content.get(key) != current[key]]
+    if changed:
+        changes = ", ".join(f"{key} {content.get(key)} -> {current[key]}" for key in changed)
+        warnings = [*warnings, f"Resumed at step {step} in another environment: {changes}."]
+    content["sessions"].append({"started": started, "step": step, "warnings": warnings})
+    write_json(path, content)
+    return [warning for session in content["sessions"] for warning in session["warnings"]]
+
+
+def _version() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("steepest")
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Return the commit of steepest's own repository, with "+" after it if files have changed.
+
+    None if the package is not tracked by git: the folder may lie in somebody else's repository.
+    """
+    package = Path(steepest.__file__).parent
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = _git(package, "rev-parse", "HEAD")
+    dirty = _git(package, "status", "--porcelain", "--untracked-files=no", ".")
+    return commit + "+" if commit and dirty else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,208 @@
+"""Whole runs: what they write, what they depend on, and what they do not."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from steepest import data
+from steepest.errors import UserError
+from steepest.models import Llama
+from steepest.train import Progress, RunConfig, Runtime, read_metrics, resolve, run
+from steepest.train.evaluation import evaluate
+from steepest.train.learner import Learner
+
+from .conftest import MakeConfig
+
+EVERY_STEP = Runtime(log_every=1, checkpoint_every=0, threads=1)
+CPU = torch.device("cpu")
+
+
+def folder_of(result: dict[str, object], runs: Path) -> Path:
+    return runs / str(result["hash"])
+
+
+def test_a_run_writes_what_it_promises(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=25, eval_every=10)
+    seen: list[Progress] = []
+    result = run(config, tmp_path, runtime=EVERY_STEP, on_progress=seen.append)
+    folder = folder_of(result, tmp_path)
+
+    assert json.loads((folder / "result.json").read_text()) == result
+    saved = RunConfig.from_toml(folder / "config.toml")
+    assert saved.hash() == folder.name == result["hash"]
+    assert saved == RunConfig.from_dict(result["config"])
+
+    metrics = read_metrics(folder / "metrics.jsonl")
+    steps = [(record["kind"], record["step"]) for record in metrics]
+    expected = [("eval", 0)]
+    for step in range(1, 26):
+        expected += [("train", step), ("eval", step)][: 2 if step in (10, 20, 25) else 1]
+    assert steps == expected
+    tokens = config.data.batch_size * config.data.sequence_length
+    assert all(record["tokens"] == record["step"] * tokens for record in metrics)
+    seconds = [record["seconds"] for record in metrics]
+    assert seconds == sorted(seconds)
+    losses = [record["loss"] for record in metrics if record["kind"] == "train"]
+    assert statistics.mean(losses[-5:]) < losses[0] - 0.3
+
+    evaluations = [record["val_loss"] for record in metrics if record["kind"] == "eval"]
+    assert result["initial_val_loss"] == evaluations[0]
+    assert result["val_loss"] == evaluations[-1] < evaluations[0]
+    assert (result["status"], result["steps"], result["tokens"]) == ("finished", 25, 25 * tokens)
+    assert result["diverged_at_step"] is None
+    assert result["reason"] is None
+    model = Llama(config.model)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    assert result["parameter_bytes"] == 4 * result["parameters"]
+    assert result["state_bytes"] == 2 * result["parameter_bytes"]  # Adam's two moments
+    assert 0 < result["optimizer_ms"] < result["step_ms"]
+    assert result["tokens_per_second"] == pytest.approx(tokens / result["step_ms"] * 1000)
+    assert result["seconds"] == pytest.approx(25 * result["step_ms"] / 1000, rel=1.0)
+
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["threads"] == 1
+    assert [session["step"] for session in environment["sessions"]] == [0]
+    assert (seen[0].phase, seen[0].step) == ("preparing", 0)
+    assert (seen[-1].phase, seen[-1].step) == ("done", 25)
+
+
+def test_a_complete_run_returns_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=6)
+    result = run(config, tmp_path, runtime=EVERY_STEP)
+    seen: list[Progress] = []
+    assert run(config, tmp_path, runtime=EVERY_STEP, on_progress=seen.append) == result
+    assert seen == []
+
+
+def test_same_config_same_bits_whatever_the_global_state(
+    make_config: MakeConfig, momentum_file: Path, tmp_path: Path
+) -> None:
+    # The optimizer draws from torch's global generator.
+    config = make_config(
+        steps=12, name=f"{momentum_file}:Momentum", lr=0.1, options={"noise": 0.001}
+    )
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        result = run(config, tmp_path / str(seed), runtime=EVERY_STEP)
+        assert torch.equal(torch.get_rng_state(), before)
+        metrics = read_metrics(folder_of(result, tmp_path / str(seed)) / "metrics.jsonl")
+        runs.append([{**record, "seconds": 0} for record in metrics])
+    assert runs[0] == runs[1]
+
+
+def test_two_seeds_are_two_runs_with_one_validation_set(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    first = run(make_config(steps=6, seed=0), tmp_path, runtime=EVERY_STEP)
+    second = run(make_config(steps=6, seed=1), tmp_path, runtime=EVERY_STEP)
+    assert first["hash"] != second["hash"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [first["hash"], second["hash"]]
+    )
+    assert first["initial_val_loss"] != second["initial_val_loss"]  # other initial weights
+    assert first["initial_val_loss"] == pytest.approx(second["initial_val_loss"], abs=0.05)
+
+
+def test_logging_and_checkpoints_do_not_change_a_run(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(steps=15)
+    plain = run(config, tmp_path / "a", runtime=Runtime(checkpoint_every=0, log_every=100))
+    busy = run(config, tmp_path / "b", runtime=Runtime(checkpoint_every=2, log_every=1))
+    assert plain["val_loss"] == busy["val_loss"]
+    assert plain["hash"] == busy["hash"]
+
+
+def test_accumulation_is_the_large_batch(make_config: MakeConfig) -> None:
+    whole, parts = (
+        Learner(make_config(gradient_accumulation=parts, clip_norm=0.0), CPU) for parts in (1, 4)
+    )
+    torch.manual_seed(0)
+    inputs, targets = torch.randint(300, (2, 4, 16))
+    for learner in (whole, parts):
+        learner.result = learner.gradient(inputs, targets)  # type: ignore[attr-defined]
+    for left, right in zip(whole.parameters, parts.parameters, strict=True):
+        assert left.grad is not None
+        assert right.grad is not None
+        torch.testing.assert_close(left.grad, right.grad, rtol=1e-5, atol=1e-7)
+    for left, right in zip(whole.result, parts.result, strict=True):  # type: ignore[attr-defined]
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=0)
+
+
+def test_clipping_scales_the_gradient_and_reports_its_norm_before(make_config: MakeConfig) -> None:
+    inputs, targets = torch.arange(128).reshape(2, 4, 16)
+    free = Learner(make_config(clip_norm=0.0), CPU)
+    _, norm = free.gradient(inputs, targets)
+    clipped = Learner(make_config(clip_norm=float(norm) / 10), CPU)
+    _, same_norm = clipped.gradient(inputs, targets)
+    assert norm == same_norm
+    for left, right in zip(free.parameters, clipped.parameters, strict=True):
+        assert left.grad is not None
+        assert right.grad is not None
+        torch.testing.assert_close(left.grad / 10, right.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_evaluation_weighs_every_token_the_same(make_config: MakeConfig) -> None:
+    config = make_config(eval_tokens=16 * 7)  # seven sequences: no batch size divides them
+    tokens = data.prepare(config.data.corpus, config.data.vocab_size)
+    model = Llama(config.model)
+    results = []
+    for batch_size in (1, 4, 7):
+        sized = make_config(eval_tokens=16 * 7, batch_size=batch_size)
+        results.append(evaluate(model, tokens.validation, sized, CPU))
+    assert results == pytest.approx([results[0]] * 3, abs=1e-6)
+
+    # Independently: every sequence alone, every token once.
+    losses = []
+    for inputs, targets in data.validation_batches(
+        tokens.validation, batch_size=1, sequence_length=16, max_tokens=16 * 7
+    ):
+        probabilities = model(inputs)[0].double().log_softmax(-1)
+        losses += [-probabilities[i, target].item() for i, target in enumerate(targets[0])]
+    assert len(losses) == 16 * 7
+    assert results[0] == pytest.approx(statistics.mean(losses), abs=1e-5)
+
+
+def test_bfloat16_trains_on_float32_weights(make_config: MakeConfig, tmp_path: Path) -> None:
+    exact = run(make_config(), tmp_path, runtime=EVERY_STEP)
+    rounded = run(make_config(precision="bfloat16"), tmp_path, runtime=EVERY_STEP)
+    assert rounded["val_loss"] != exact["val_loss"]
+    assert rounded["val_loss"] == pytest.approx(exact["val_loss"], abs=0.05)
+    assert rounded["parameter_bytes"] == 4 * rounded["parameters"]
+
+
+def test_the_folder_of_another_config_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=6)
+    result = run(config, tmp_path, runtime=EVERY_STEP)
+    file = folder_of(result, tmp_path) / "config.toml"
+    file.write_text(file.read_text().replace("seed = 0", "seed = 1"))
+    with pytest.raises(UserError, match=r"its config\.toml is that of run"):
+        run(config, tmp_path, runtime=EVERY_STEP)
+
+
+def test_changed_content_is_not_run_under_the_old_name(make_config: MakeConfig) -> None:
+    config = make_config()
+    tokens = data.prepare(config.data.corpus, config.data.vocab_size)
+    pinned = make_config(fingerprint="0" * 16)
+    with pytest.raises(UserError, match=r"data\.fingerprint is 0000000000000000 in the config"):
+        resolve(pinned, tokens)
+    assert resolve(resolve(config, tokens), tokens) == resolve(config, tokens)
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [("gpu", "Unknown device 'gpu'; use cpu"), ("meta", "'meta' is not supported; use cpu")],
+)
+def test_unusable_device(
+    device: str, sentence: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run(make_config(), tmp_path, runtime=Runtime(device=device))

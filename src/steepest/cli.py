@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 from steepest.errors import UserError, unknown
 
-import torch
-
 try:
     import tyro
     from rich.console import Console
@@ -150,6 +148,11 @@ def overview() -> None:
 
 def parse(kind: type[Any], name: str, arguments: list[str], default: Any = None) -> Any:
     """Return the arguments of a sub-command; an unknown flag is an error with the nearest one."""
+    flags = [f"--{flag}" for flag in flags_of(kind)]
+    for word in arguments:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in (*flags, "--help"):
+            raise unknown("flag", flag, flags)
     given = {} if default is None else {"default": default}
     parsed, rest = tyro.cli(
         kind,
@@ -160,21 +163,19 @@ def parse(kind: type[Any], name: str, arguments: list[str], default: Any = None)
         config=(tyro.conf.FlagConversionOff,),
         **given,
     )
-    for word in rest:
-        if word.startswith("-"):
-            raise unknown("flag", word, [f"--{flag}" for flag in _flags(kind)])
     if rest:
         raise UserError(f"steepest {name} has no place for {rest[0]!r}; see --help.")
     return parsed
 
 
-def _flags(kind: type[Any], prefix: str = "") -> list[str]:
+def flags_of(kind: type[Any], prefix: str = "") -> list[str]:
+    """Return the flags of a sub-command without their dashes, those of its sections with dots."""
     flags = []
     for part in fields(kind):
         nested = part.default_factory if isinstance(part.default_factory, type) else None
         if nested is not None and is_dataclass(nested):
-            flags += _flags(nested, f"{prefix}{part.name}.")
-        else:
+            flags += flags_of(nested, f"{prefix}{part.name}.")
+        elif "Positional[" not in str(part.type):
             flags.append(f"{prefix}{part.name}".replace("_", "-"))
     return flags
 
@@ -218,21 +219,21 @@ def plan_of(args: Race) -> planning.RacePlan:
         compile=args.compile,
     )
     entrants = tuple(planning.entrant(name, lrs[name]) for name in names)
-    with torch.device("meta"):
-        model = models.Llama(base.model)
     for entrant in entrants:  # what cannot be built is said now, not by the first worker
-        train.build(train.OptimizerConfig(entrant.name, entrant.lrs[0], entrant.options), model)
+        optimizer = train.OptimizerConfig(entrant.name, entrant.lrs[0], entrant.options)
+        train.check(optimizer, base.model)
     return planning.RacePlan(entrants, base, args.seeds, baseline, args.model)
 
 
 def announce(console: Console, plan: planning.RacePlan, out: Path, jobs: int) -> None:
     """Print what is about to be done, with an estimate of its time."""
-    protocol = plan.protocol()
+    training, tokens = plan.base.training, plan.base.training.steps * plan.base.tokens_per_step
+    size = models.parameter_count(plan.base.model).total
     seconds = estimate.race_seconds(plan, jobs)
     console.print(
-        f"{len(plan.entrants)} optimizers on a LLaMA of {formatting.count(protocol['parameters'])} "
-        f"parameters ({plan.model}), {formatting.count(protocol['tokens'])} tokens of "
-        f"{plan.base.data.corpus} a run in {protocol['steps']} steps.",
+        f"{len(plan.entrants)} optimizers on a LLaMA of {formatting.count(size)} "
+        f"parameters ({plan.model}), {formatting.count(tokens)} tokens of "
+        f"{plan.base.data.corpus} a run in {training.steps} steps.",
         highlight=False,
     )
     table = Table("optimizer", "learning rates to try", box=None, pad_edge=False)

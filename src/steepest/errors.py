@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Wrong input. Its message is one sentence; the command line prints it and exits with code 2."""
+    """Wrong input. Its message is a sentence; the command line prints it and exits with 2."""
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UserError:

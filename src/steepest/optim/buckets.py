@@ -64,7 +64,7 @@ class Bucket(ABC):
     def gather(self, rule: Rule) -> Inputs:
         """Return what a step reads. Every parameter must have a gradient."""
 
-    def scatter(self, inputs: Inputs) -> None:
+    def scatter(self, inputs: Inputs) -> None:  # noqa: B027 - most buckets step in place
         """Write stepped parameters back where `gather` made copies of them."""
 
     def grads(self) -> list[Tensor]:
@@ -109,7 +109,7 @@ class Joined(Bucket):
         torch._foreach_copy_(self.params, [piece.view(p.shape) for piece, p in pieces])
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return flat.split([p.numel() // (self.runs or 1) for p in self.params], -1)
+        return torch.split(flat, [p.numel() // (self.runs or 1) for p in self.params], -1)
 
     def _join(self, tensors: list[Tensor]) -> Tensor:
         return join(tensors, self.runs)

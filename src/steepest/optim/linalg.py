@@ -35,4 +35,5 @@ def newton_schulz(
         # The a x term joins the small square factor: one pass over x less at every step.
         factor.diagonal().add_(a)
         x = factor @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    orthogonal: Tensor = (x.mT if tall else x).to(matrix.dtype)
+    return orthogonal

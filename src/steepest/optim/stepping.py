@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from steepest.optim.buckets import Bucket, Inputs, compute_dtype
 from steepest.optim.rule import Layout, Rule, State, is_live
@@ -124,8 +125,8 @@ def _blocks(grad: Tensor, param: Tensor, state: State) -> Iterator[tuple[Tensor,
     if param.numel() <= BLOCK or not all(t.is_contiguous() for t in (grad, param, *state.values())):
         yield grad, param, state
         return
-    splits = {name: value.view(-1).split(BLOCK) for name, value in state.items()}
-    pairs = zip(grad.view(-1).split(BLOCK), param.view(-1).split(BLOCK), strict=True)
+    splits = {name: torch.split(value.view(-1), BLOCK) for name, value in state.items()}
+    pairs = zip(torch.split(grad.view(-1), BLOCK), torch.split(param.view(-1), BLOCK), strict=True)
     for i, (g, p) in enumerate(pairs):
         yield g, p, {name: split[i] for name, split in splits.items()}
 
@@ -142,20 +143,40 @@ def _compiled(rule: Rule, layout: Layout, runs: int | None, signature: object) -
     name = f"{type(rule).__name__.lower()}_{next(_serial)}"
     code = eager.__code__.replace(co_name=name)
     own = types.FunctionType(code, eager.__globals__, name, None, eager.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return _or_eager(torch.compile(own, fullgraph=True, dynamic=False), eager)
+
+
+def _or_eager(fast: Kernel, eager: Kernel) -> Kernel:
+    """Return a kernel that runs eagerly from the first call on where compiling fails."""
+    chosen = fast
+
+    def run(inputs: Inputs, values: Tensor) -> None:
+        nonlocal chosen
+        try:
+            chosen(inputs, values)
+        except TorchDynamoException as error:
+            cause = str(error).strip().splitlines()[0]
+            _warn_once(
+                f"Compiling failed, so optimizers run eagerly: same results, slower ({cause})."
+            )
+            chosen = eager
+            eager(inputs, values)
+
+    return run
 
 
 _serial = itertools.count()
 
 
-@functools.cache
 def can_compile() -> bool:
     """Say whether torch.compile finds a C++ compiler here; warn once if not."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler):
         return True
-    warnings.warn(
-        f"No C++ compiler ({compiler}) was found, so optimizers run eagerly: same results, slower.",
-        stacklevel=2,
-    )
+    _warn_once(f"No C++ compiler ({compiler}) was found, so optimizers run eagerly, slower.")
     return False
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

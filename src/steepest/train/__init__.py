@@ -9,7 +9,7 @@ from steepest.train.config import (
     TrainingConfig,
 )
 from steepest.train.loop import Progress, run
-from steepest.train.optimizers import build
+from steepest.train.optimizers import build, check
 from steepest.train.records import read_metrics
 from steepest.train.resolving import is_resolved, resolve
 from steepest.train.schedules import multiplier
@@ -23,6 +23,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainingConfig",
     "build",
+    "check",
     "is_resolved",
     "multiplier",
     "read_metrics",

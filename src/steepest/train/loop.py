@@ -68,6 +68,7 @@ def run(
         return result
     device = _device(runtime.device)
     tokens = data.prepare(config.data.corpus, config.data.vocab_size)
+    optimizers.check(config.optimizer, config.model)
     config = resolve(config, tokens)
     with opened(runs_dir, config) as folder:
         if (result := folder.read_result()) is not None:

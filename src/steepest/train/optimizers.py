@@ -21,6 +21,7 @@ from torch import nn
 
 import steepest
 from steepest.errors import UserError, unknown
+from steepest.models import Llama, LlamaConfig
 from steepest.train.config import OptimizerConfig
 from steepest.train.identity import is_class, is_file
 
@@ -58,6 +59,12 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
         return cls(params, lr=config.lr, **options)
     except (TypeError, ValueError) as error:
         raise _failed(config, error) from error
+
+
+def check(config: OptimizerConfig, model: LlamaConfig) -> None:
+    """Raise what `build` would raise for a model of this config, without allocating it."""
+    with torch.device("meta"):
+        build(config, Llama(model))
 
 
 def source_sha256(name: str) -> str:

@@ -1,0 +1,36 @@
+# Two commands: `make race` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TORCH := 2.13.0
+
+.PHONY: race test quick lint setup clean
+
+race: $(INSTALLED)
+	$(BIN)/steepest race
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# Without the tests that compile, spawn processes or train for more than a few seconds.
+quick: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(INSTALLED)
+
+# Where no GPU is seen, the CPU build of torch is taken if pip's indexes offer one.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "steepest needs Python 3.11 or later; set PYTHON=path/to/it.")'
+	$(PYTHON) -m venv .venv
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || true
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==$(TORCH) --editable '.[bench,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

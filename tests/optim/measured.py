@@ -1,0 +1,42 @@
+"""The errors that the fidelity tests measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+ERRORS: dict[tuple[str, str], float] = {}
+"""(optimizer, comparison) -> largest error."""
+
+
+def displacement_error(
+    ours: Sequence[np.ndarray],
+    theirs: Sequence[np.ndarray],
+    start: Sequence[np.ndarray],
+    roundings: int = 0,
+) -> float:
+    """Return the largest ||(p - p0) - (q - q0)|| / ||q - q0|| of the tensors; NaN stays NaN.
+
+    Storing a parameter in float32 rounds it at every step, whatever the method: what as many
+    independent `roundings` of half a unit in the last place add up to is taken off.
+    """
+    errors = []
+    for p, q, p0 in zip(ours, theirs, start, strict=True):
+        moved = np.linalg.norm(q - p0)
+        error = np.linalg.norm(np.asarray(p, np.float64) - q)
+        error = error - 2.0**-24 * np.sqrt(roundings) * np.linalg.norm(q)
+        errors.append(error / moved if moved > 0 else error)
+    return float(np.max(errors))
+
+
+def record(optimizer: str, comparison: str, error: float) -> float:
+    """Keep the error for the table, and return it."""
+    key = (optimizer, comparison)
+    ERRORS[key] = max(ERRORS.get(key, 0.0), error)
+    return error
+
+
+def table() -> list[str]:
+    """Return a line per optimizer and comparison."""
+    return [f"{name:10} {what:44} {error:.1e}" for (name, what), error in sorted(ERRORS.items())]

@@ -52,7 +52,7 @@ def backward(model: Llama, batch: tuple[Tensor, Tensor]) -> float:
     model.zero_grad(set_to_none=True)
     loss = model.loss(*batch)
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 def parameters(
@@ -71,7 +71,10 @@ def stream(
     common = [torch.randn(s, generator=rng) for s in shapes]
     for _ in range(steps):
         noise = [torch.randn(s, generator=rng) for s in shapes]
-        yield [10.0 ** (i % 4 - 2) * (c + n) for i, (c, n) in enumerate(zip(common, noise, strict=True))]
+        yield [
+            10.0 ** (i % 4 - 2) * (c + n)
+            for i, (c, n) in enumerate(zip(common, noise, strict=True))
+        ]
 
 
 def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -132,7 +135,7 @@ class Followed:
                 bases = [state.get(f"basis_{side}") for side in ("left", "right")]
                 tolerance = 1e-9 if p.dtype == torch.float64 else 1e-5
                 follower.adopt(
-                    *(None if b is None else b.double().numpy() for b in bases), tolerance
+                    *(None if b is None else b.double().numpy().copy() for b in bases), tolerance
                 )
 
 

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.study.test_plan import make_plan
 
 from steepest.errors import UserError
 from steepest.study.race import run_race
 from steepest.study.store import load_race
-from tests.study.test_plan import make_plan
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +45,18 @@ class Silent:
 
     def finished(self, task: object, result: dict[str, object]) -> None:
         self.ended.append(str(result["hash"]))
+
+
+def _group_ends(group: int, seconds: float) -> bool:
+    """Return whether a process group is empty within a time."""
+    for _ in range(int(seconds / 0.1)):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    return False
 
 
 def losses(out: Path) -> dict[str, float | None]:
@@ -106,8 +118,9 @@ def test_killed_race_continues_to_the_same_losses(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not list(killed.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # the parent alone: its workers must not go on without it
     process.wait()
+    assert _group_ends(process.pid, seconds=10)
     assert json.loads((killed / "race.json").read_text())["tuning"]["adamw"]
     run_race(plan, killed, jobs=2, watcher=Silent())
     assert losses(killed) == losses(tmp_path / "whole")

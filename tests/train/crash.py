@@ -11,6 +11,7 @@ crash.py CONFIG.toml RUNS_DIR INSTANT STEP, with INSTANT one of
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -64,5 +65,6 @@ def set_trap(instant: str, step: int) -> None:
 
 if __name__ == "__main__":
     config, runs, instant, step = sys.argv[1:]
+    faulthandler.dump_traceback_later(20)  # the test shows where a slow process was
     set_trap(instant, int(step))
     run(RunConfig.from_toml(Path(config)), Path(runs), runtime=RUNTIME)

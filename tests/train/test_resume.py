@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def crash(start: Start, instant: str, step: int) -> None:
         _, errors = process.communicate(timeout=180)
     finally:
         process.kill()
+    if "Timeout" in errors:
+        warnings.warn(f"A process took more than 20 seconds here: {errors}", stacklevel=2)
     assert process.returncode == -signal.SIGKILL, errors
 
 

@@ -35,6 +35,8 @@ class Column:
     help: str
     cell: Callable[[Row], Cell]
     numeric: bool = True
+    cost: bool = False
+    """Whether it tells what the optimizer takes rather than what it reaches."""
 
 
 def columns(baseline: str) -> tuple[Column, ...]:
@@ -70,34 +72,39 @@ def columns(baseline: str) -> tuple[Column, ...]:
         Column("Perplexity", "ppl", "exp of the mean validation loss.", _perplexity),
         Column(
             f"Tokens to {baseline}’s loss",
-            "tokens to reach",
+            "tokens to",
             f"Training tokens until its mean curve reaches {baseline}’s mean final loss, and how "
             f"many times fewer that is than {baseline} itself takes.",
             lambda row: _target(row, row.tokens_to_baseline, row.token_speedup, count),
+            cost=True,
         ),
         Column(
             f"Time to {baseline}’s loss",
-            "time to reach",
+            "time to",
             f"The same in training time, and how many times faster than {baseline}.",
             lambda row: _target(row, row.seconds_to_baseline, row.time_speedup, duration),
+            cost=True,
         ),
         Column(
             "Step time",
             "step",
             "Median wall time of a whole training step.",
             lambda row: _milliseconds(row.step_ms),
+            cost=True,
         ),
         Column(
             "Optimizer time",
-            "optimizer step",
+            "opt.",
             "Median time of the optimizer’s part of a step.",
             lambda row: _milliseconds(row.optimizer_ms),
+            cost=True,
         ),
         Column(
             "State per parameter",
             "state",
             "What the optimizer keeps in memory, in bytes per model parameter and in all.",
             _memory,
+            cost=True,
         ),
         Column("Diverged", "diverged", "Final runs that diverged, of all.", _diverged),
     )

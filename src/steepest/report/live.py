@@ -64,6 +64,7 @@ class LiveRace:
             + ("" if self.console.is_terminal or not left else f"  ({left})"),
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
         self._refresh()
 
@@ -74,7 +75,7 @@ class LiveRace:
         if not steps or steps >= total:
             return ""
         elapsed = time.monotonic() - self.started
-        return f"about {formatting.duration(elapsed / steps * (total - steps))} left"
+        return f"about {formatting.duration(round(elapsed / steps * (total - steps)))} left"
 
     def _refresh(self) -> None:
         self.bar.update(self.task, completed=self.done, left=self._left())

@@ -1,13 +1,14 @@
-"""Filling in a config what only the files it names can tell: their content hashes."""
+"""Filling in a config what it leaves to defaults or to the files it names."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import steepest
 from steepest.data import TokenData
 from steepest.errors import UserError
 from steepest.train import optimizers
-from steepest.train.config import RunConfig
+from steepest.train.config import OptimizerConfig, Option, RunConfig
 from steepest.train.identity import is_class
 
 
@@ -18,9 +19,13 @@ def is_resolved(config: RunConfig) -> bool:
 
 
 def resolve(config: RunConfig, token_data: TokenData) -> RunConfig:
-    """Return the config with `data.fingerprint` and `optimizer.source_sha256` filled in.
+    """Return the config with all that was left to defaults or named by place filled in.
 
-    Raises UserError if the config has one of them already and the content is another now.
+    That is `data.fingerprint`, `optimizer.source_sha256`, and every hyperparameter of an optimizer
+    of the catalogue, so that a run keeps its meaning when a default changes.
+
+    Raises UserError if the config has a fingerprint or digest already and the content is another
+    now.
     """
     return dataclasses.replace(
         config,
@@ -32,6 +37,7 @@ def resolve(config: RunConfig, token_data: TokenData) -> RunConfig:
         ),
         optimizer=dataclasses.replace(
             config.optimizer,
+            options=_all_options(config.optimizer),
             source_sha256=_pinned(
                 "optimizer.source_sha256",
                 config.optimizer.source_sha256,
@@ -39,6 +45,21 @@ def resolve(config: RunConfig, token_data: TokenData) -> RunConfig:
             ),
         ),
     )
+
+
+def _all_options(config: OptimizerConfig) -> dict[str, Option]:
+    """Return the hyperparameters given, and the defaults of the rest for the catalogue's names.
+
+    A hyperparameter that is None by default, which TOML cannot say, is left out.
+    """
+    if is_class(config.name):
+        return config.options
+    defaults = steepest.describe(config.name).hyperparameters
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, (value, _) in defaults.items()
+        if value is not None and name != "lr"
+    } | config.options
 
 
 def _pinned(key: str, wanted: str, found: str) -> str:

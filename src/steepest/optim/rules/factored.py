@@ -62,7 +62,7 @@ class Adafactor(Rule):
             new = {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
             relative = row / row.mean(-1, keepdim=True)
             direction = grad * relative.rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
-        rms = direction.square().mean().sqrt()
+        rms = (direction * direction).mean().sqrt()
         direction = direction / torch.clamp(rms / h.clip_threshold, min=1.0)
         if self.beta1 is not None:
             direction = ema(state["exp_avg"], direction, h.beta1)

@@ -78,7 +78,8 @@ class SOAP(Rule):
         """Return Adam's direction in the eigenbasis, rotated back."""
         b1, b2 = h.betas
         m = ema(state["exp_avg"], grad, b1)
-        v = ema(state["exp_avg_sq"], self._rotate(grad, state).square(), b2)
+        rotated_grad = self._rotate(grad, state)
+        v = ema(state["exp_avg_sq"], rotated_grad * rotated_grad, b2)
         rotated = self._rotate(h.scale1 * m, state) / (h.root_scale2 * v.sqrt() + h.eps)
         new = {"exp_avg": m, "exp_avg_sq": v} | self._factors(grad, state, h)
         return self._rotate(rotated, state, back=True), new

@@ -1,0 +1,138 @@
+"""The catalogue: every name is complete, described, and does what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import problems
+import pytest
+import reference
+import torch
+
+import steepest
+from steepest.errors import UserError
+from steepest.optim import catalogue
+
+NAMES = steepest.names()
+
+
+def test_names_are_those_that_the_tests_cover() -> None:
+    assert list(dict.fromkeys(NAMES)) == NAMES
+    assert {"sgd", "signum", "lion", "adamw", "adafactor", "muon", "soap"} <= set(NAMES)
+    assert set(NAMES) == set(reference.RULES), "every optimizer needs a reference"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_descriptions_are_complete(name: str) -> None:
+    about = steepest.describe(name)
+    assert about.name == name
+    assert about.family
+    assert 1950 <= about.year <= 2100
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|https://|Polyak", about.paper)
+    assert "<-" in about.formula or "u =" in about.formula
+    assert not any(line.startswith(" " * 8) for line in about.formula.splitlines())
+    assert about.roles
+    assert set(about.roles) <= {role.value for role in steepest.Role}
+    for key, (default, meaning) in about.hyperparameters.items():
+        assert meaning.strip(), key
+        assert not meaning.endswith(".")
+        assert isinstance(default, (float, int, bool, str, tuple, type(None)))
+    assert list(about.hyperparameters)[:2] == ["lr", "weight_decay"]
+
+
+def test_every_meaning_belongs_to_a_hyperparameter() -> None:
+    used = {
+        key.removeprefix("adam_")
+        for name in NAMES
+        for key in steepest.describe(name).hyperparameters
+    }
+    assert used == set(catalogue.MEANINGS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_described_hyperparameter_is_taken_and_lands_in_its_groups(name: str) -> None:
+    described = steepest.describe(name).hyperparameters
+    model = problems.llama()
+    plain = steepest.create(name, model)
+    given = steepest.create(name, model, **{k: default for k, (default, _) in described.items()})
+    for group, same in zip(plain.param_groups, given.param_groups, strict=True):
+        assert {k: v for k, v in group.items() if k != "params"} == {
+            k: v for k, v in same.items() if k != "params"
+        }
+        prefix = "" if group["rule"] == name else "adam_"
+        for key, (default, _) in described.items():
+            plain_key = key.removeprefix("adam_")
+            ours = key.startswith("adam_") == bool(prefix)
+            if ours and plain_key != "weight_decay":
+                assert group[plain_key] == default
+
+
+def test_defaults_are_the_papers() -> None:
+    # As published: Lion's Table 12 betas, Adam's, Adafactor's section 9, Muon's and SOAP's code.
+    def default(name: str, key: str) -> object:
+        return steepest.describe(name).hyperparameters[key][0]
+
+    assert default("lion", "betas") == (0.9, 0.99)
+    assert default("adamw", "betas") == (0.9, 0.999)
+    assert default("adamw", "eps") == 1e-8
+    assert default("adafactor", "decay_rate") == 0.8
+    assert default("adafactor", "clip_threshold") == 1.0
+    assert default("adafactor", "eps") == 1e-30
+    assert default("adafactor", "beta1") is None
+    assert (default("muon", "lr"), default("muon", "momentum")) == (0.02, 0.95)
+    assert (default("muon", "ns_steps"), default("muon", "nesterov")) == (5, True)
+    assert default("muon", "adam_betas") == (0.9, 0.95)
+    assert default("soap", "betas") == (0.95, 0.95)
+    assert (default("soap", "lr"), default("soap", "update_interval")) == (3e-3, 10)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(UserError, match=r"'soup'.*'soap'"):
+        steepest.describe("soup")
+
+
+def test_descriptions_are_plain_data() -> None:
+    for name in NAMES:
+        flat = dataclasses.asdict(steepest.describe(name))
+        assert all(not isinstance(v, torch.Tensor) for v in flat["state"].values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_learns(name: str) -> None:
+    # Defaults of the paper but for lr, on one batch.
+    model = problems.llama()
+    lr = {"sgd": 0.1, "adafactor": 1e-2, "muon": 0.02}.get(name, 2e-3)
+    optimizer = steepest.create(name, model, lr=lr, **({"adam_lr": 2e-3} if name == "muon" else {}))
+    batch = problems.batches()[0]
+    losses = []
+    for _ in range(30):
+        losses.append(problems.backward(model, batch))
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_run_same_bits(name: str) -> None:
+    results = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)  # Global random state must not matter.
+        model = problems.llama()
+        optimizer = steepest.create(name, model)
+        for batch in problems.batches():
+            problems.backward(model, batch)
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+def test_the_library_imports_torch_alone() -> None:
+    code = (
+        "import sys, steepest; "
+        "bad = {'scipy', 'tokenizers', 'rich', 'tyro', 'jinja2', 'plotly'} & set(sys.modules); "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,118 @@
+"""Wrong input gets a sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import problems
+import pytest
+import torch
+from torch import nn
+
+import steepest
+from steepest.errors import UserError
+
+
+def one() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3, 4))]
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"'adanw'.*'adamw'"):
+        steepest.create("adanw", one())
+    with pytest.raises(TypeError, match=r"'beta'.*'betas'"):
+        steepest.create("adamw", one(), beta=(0.9, 0.99))
+    with pytest.raises(TypeError, match=r"'adam_betta'.*'adam_beta"):
+        steepest.create("muon", problems.llama(), adam_betta=(0.9, 0.99))
+    with pytest.raises(TypeError, match="nesterov"):
+        steepest.create("adamw", one(), nesterov=True)
+    with pytest.raises(UserError, match=r"'cautius'.*'cautious'"):
+        steepest.create("adamw", one(), wrap=["cautius"])
+    with pytest.raises(UserError, match=r"'hiden'.*'hidden'"):
+        steepest.create("muon", [{"params": one(), "role": "hiden"}])
+    with pytest.raises(UserError, match=r"'embeding'.*'embedding'"):
+        steepest.create("adamw", one(), decay_roles=["embeding"])
+    with pytest.raises(UserError, match="'learning_rate'"):
+        steepest.create("adamw", [{"params": one(), "learning_rate": 0.1}])
+    with pytest.raises(UserError, match=r"'adamv'.*'adamw'"):
+        steepest.create("adamw", [{"params": one(), "rule": "adamv"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("adamw", "lr", "0.1"),
+        ("adamw", "lr", None),
+        ("adamw", "lr", True),
+        ("adamw", "betas", 0.9),
+        ("adamw", "betas", (0.9,)),
+        ("adamw", "betas", (0.9, "0.99")),
+        ("adamw", "lr", torch.ones(2, 2)),
+        ("sgd", "nesterov", 1),
+        ("muon", "ns_steps", 5.0),
+        ("muon", "ns_steps", True),
+        ("muon", "ns_dtype", torch.float32),
+        ("adafactor", "beta1", "0.9"),
+        ("soap", "update_interval", None),
+    ],
+)
+def test_values_of_the_wrong_type(name: str, key: str, value: object) -> None:
+    with pytest.raises(UserError, match=key):
+        steepest.create(name, problems.llama(), **{key: value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1,
+        np.float64(1.0),
+        pytest.param(np.float32(1.0), marks=pytest.mark.xfail(strict=True, reason="refused")),
+        torch.tensor(1.0),
+    ],
+)
+def test_numbers_of_other_types_are_numbers(value: Any) -> None:
+    optimizer = steepest.create("adamw", one(), lr=value)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert type(optimizer.param_groups[0]["lr"]) is float
+
+
+@pytest.mark.xfail(strict=True, reason="values are not checked")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adamw", {"lr": -0.1}),
+        ("adamw", {"lr": float("nan")}),
+        ("adamw", {"weight_decay": -0.1}),
+        ("adamw", {"betas": (0.9, 1.0)}),
+        ("adamw", {"betas": (-0.1, 0.9)}),
+        ("muon", {"ns_dtype": "float99"}),
+        ("muon", {"ns_steps": 0}),
+        ("soap", {"update_interval": 0}),
+    ],
+)
+def test_impossible_values(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        steepest.create(name, problems.llama(), **options)
+
+
+@pytest.mark.xfail(strict=True, reason="fails in the first step, in flatten")
+def test_muon_refuses_to_orthogonalise_a_vector() -> None:
+    group = {"params": [nn.Parameter(torch.ones(3))], "role": "hidden"}
+    with pytest.raises(UserError, match="muon"):
+        steepest.create("muon", [group])
+
+
+@pytest.mark.xfail(strict=True, reason="fails in reshape")
+def test_sparse_gradients_are_refused_with_a_sentence() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = steepest.create("adamw", table)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(UserError, match="sparse"):
+        optimizer.step()
+
+
+@pytest.mark.xfail(strict=True, reason="read letter by letter")
+def test_a_wrapper_by_its_bare_name_is_understood() -> None:
+    with pytest.raises(UserError, match=r"wrap.*list|list.*wrap"):
+        steepest.create("adamw", one(), wrap="cautious")

@@ -67,7 +67,7 @@ def test_values_of_the_wrong_type(name: str, key: str, value: object) -> None:
     [
         1,
         np.float64(1.0),
-        pytest.param(np.float32(1.0), marks=pytest.mark.xfail(strict=True, reason="refused")),
+        np.float32(1.0),
         torch.tensor(1.0),
     ],
 )
@@ -77,7 +77,6 @@ def test_numbers_of_other_types_are_numbers(value: Any) -> None:
     assert type(optimizer.param_groups[0]["lr"]) is float
 
 
-@pytest.mark.xfail(strict=True, reason="values are not checked")
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -96,14 +95,12 @@ def test_impossible_values(name: str, options: dict[str, Any]) -> None:
         steepest.create(name, problems.llama(), **options)
 
 
-@pytest.mark.xfail(strict=True, reason="fails in the first step, in flatten")
 def test_muon_refuses_to_orthogonalise_a_vector() -> None:
     group = {"params": [nn.Parameter(torch.ones(3))], "role": "hidden"}
     with pytest.raises(UserError, match="muon"):
         steepest.create("muon", [group])
 
 
-@pytest.mark.xfail(strict=True, reason="fails in reshape")
 def test_sparse_gradients_are_refused_with_a_sentence() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     optimizer = steepest.create("adamw", table)
@@ -112,7 +109,5 @@ def test_sparse_gradients_are_refused_with_a_sentence() -> None:
         optimizer.step()
 
 
-@pytest.mark.xfail(strict=True, reason="read letter by letter")
 def test_a_wrapper_by_its_bare_name_is_understood() -> None:
-    with pytest.raises(UserError, match=r"wrap.*list|list.*wrap"):
-        steepest.create("adamw", one(), wrap="cautious")
+    assert "cautious adamw" in steepest.create("adamw", one(), wrap="cautious").rules

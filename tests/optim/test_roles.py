@@ -77,7 +77,6 @@ def test_model_that_names_its_output_embeddings(tied: bool) -> None:
     assert found["temperature"] is Role.VECTOR
 
 
-@pytest.mark.xfail(strict=True, reason="any module named output is taken for the head")
 def test_a_projection_named_output_inside_a_layer_is_hidden() -> None:
     found = steepest.roles(HuggingFaceLike())
     assert found["model.layers.0.output.weight"].role is Role.HIDDEN

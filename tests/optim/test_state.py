@@ -22,10 +22,6 @@ from torch import nn
 import steepest
 from steepest.errors import UserError
 
-ROUNDED = pytest.mark.xfail(
-    strict=True, reason="loading rounds float32 state of bfloat16 parameters to bfloat16"
-)
-
 
 @pytest.mark.parametrize("how", ["file", "deepcopy", "pickle"])
 @pytest.mark.parametrize("name", NAMES)
@@ -80,7 +76,7 @@ def test_loading_a_live_state_dict_shares_no_memory() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == "signum" else pytest.param(name, marks=ROUNDED) for name in NAMES],
+    NAMES,
 )
 def test_bfloat16_parameters_keep_float32_state(name: str) -> None:
     params = problems.parameters(torch.bfloat16)

@@ -65,7 +65,6 @@ def test_a_wrapped_rule_saves_and_resumes(name: str) -> None:
     assert_same_bits(fresh, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="a wrapper does not hand on `structural`")
 def test_wrapping_does_not_hide_what_decides_the_state() -> None:
     params, optimizer = trained("sgd", 2, wrap=["cautious"], momentum=0.0)
     optimizer.param_groups[0]["momentum"] = 0.9

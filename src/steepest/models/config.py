@@ -22,15 +22,27 @@ class LlamaConfig:
     """
 
     vocab_size: int = 1024
+    """Rows of the embedding table and of the head."""
     hidden_size: int = 64
+    """Channels of the residual stream."""
     layers: int = 2
+    """Blocks of attention and MLP."""
     heads: int = 4
+    """Attention heads; each has hidden_size / heads channels."""
     kv_heads: int | None = None
+    """Heads of keys and values; as many as heads if not given."""
     intermediate_size: int = 176
+    """Channels inside the MLP."""
     rope_theta: float = 10_000.0
+    """Base of the wavelengths of the rotary positions."""
     norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
+    """Let the head be the embedding table."""
     max_sequence_length: int = 2048
+    """Longest sequence the model takes, in tokens."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; of residual outputs, over sqrt(2 * layers)."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -44,7 +56,7 @@ class LlamaConfig:
             _require_count(name, getattr(self, name))
         if self.kv_heads is not None:
             _require_count("kv_heads", self.kv_heads)
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "norm_eps", "init_std"):
             _require_positive(name, getattr(self, name))
         if not isinstance(self.tie_embeddings, bool):
             raise UserError(

@@ -12,7 +12,6 @@ from steepest.errors import UserError
 from steepest.models.config import LlamaConfig
 from steepest.models.rotary import Rotary
 
-INIT_STD = 0.02
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 # Up to this length the CPU kernel of scaled_dot_product_attention is faster in float32 than in
 # bfloat16, most of all backward (5 times at 128 positions and heads of 16); at 512 it is slower.
@@ -132,11 +131,11 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw the initial weights: normal with deviation 0.02, gains 1.
+        """Draw the initial weights: normal with deviation init_std, gains 1.
 
-        The outputs of attention and MLP, 2 * layers in all, get 0.02 / sqrt(2 * layers), so that
-        the residual stream starts at the same size at any depth (Radford et al., 2019). Values are
-        drawn in float32 on the generator's device: with a CPU generator they depend on its seed
+        The outputs of attention and MLP, 2 * layers in all, get init_std / sqrt(2 * layers), so
+        that the residual stream starts at the same size at any depth (Radford et al., 2019). Values
+        are drawn in float32 on the generator's device: with a CPU generator they depend on its seed
         alone, not on the device or dtype of the model.
         """
         for name, parameter in self.named_parameters():
@@ -144,7 +143,7 @@ class Llama(nn.Module):
                 parameter.fill_(1.0)
                 continue
             residual = name.endswith(RESIDUAL_OUTPUTS)
-            std = INIT_STD / math.sqrt(2 * self.config.layers) if residual else INIT_STD
+            std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
             values = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
             parameter.copy_(values.normal_(0.0, std, generator=generator))
         self.rotary.reset_parameters()

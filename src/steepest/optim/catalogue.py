@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steepest.errors import UserError, unknown
+from steepest.optim.hyperparameters import MEANINGS
 from steepest.optim.optimizer import Optimizer
 from steepest.optim.roles import Role
 from steepest.optim.roles import roles as find_roles
@@ -84,24 +85,6 @@ FALLBACK = "adamw"
 
 WRAPPERS: dict[str, type[Wrapper]] = {"cautious": Cautious}
 
-MEANINGS = {
-    "lr": "learning rate; the step is lr times the direction",
-    "weight_decay": "decoupled decay: each step shrinks a decayed weight by lr * weight_decay",
-    "momentum": "decay of the gradient's moving average",
-    "nesterov": "look one step ahead along the momentum",
-    "betas": "decays of the moving averages of the gradient and of its square (or of Lion's two)",
-    "eps": "added to the denominator",
-    "beta1": "decay of a first moment; None keeps none",
-    "decay_rate": "exponent c of the second moment's decay 1 - t^-c",
-    "clip_threshold": "largest root mean square of the direction",
-    "ns_steps": "Newton-Schulz iterations",
-    "ns_dtype": "dtype of the Newton-Schulz products",
-    "shampoo_beta": "decay of the Kronecker factors; None takes the second of betas",
-    "update_interval": "steps between refreshes of the basis",
-    "max_precond_dim": "longest side that gets a factor; longer ones stay as they are",
-}
-"""What each hyperparameter means, in a line."""
-
 
 @dataclass(frozen=True)
 class Description:
@@ -169,7 +152,7 @@ def create(
     name: str,
     model: nn.Module | Iterable[Any],
     *,
-    wrap: Sequence[str] = (),
+    wrap: str | Sequence[str] = (),
     decay_roles: Iterable[Role | str] = DECAYED,
     runs: int | None = None,
     compile: bool | Literal["auto"] = "auto",
@@ -182,6 +165,8 @@ def create(
     `"role"`. Without roles, tensors of two and more dimensions count as hidden and others as
     vectors; optimizers that treat embeddings or heads differently then ask for roles.
 
+    Parameter groups keep what they set; one without a role decays all of its parameters.
+
     `wrap` names wrappers around the rule, innermost first (`["cautious"]`). `decay_roles` are the
     roles that weight decay applies to: hidden and head unless asked. `runs` and `compile` are
     those of `Optimizer`. `hyperparameters` are those of `describe(name)`, the paper's by default.
@@ -192,6 +177,7 @@ def create(
     found = recipe(name)
     valid = found.hyperparameters()
     rule = found.rule
+    wrap = [wrap] if isinstance(wrap, str) else wrap
     for wrapper in wrap:
         if wrapper not in WRAPPERS:
             raise unknown("wrapper", wrapper, WRAPPERS)
@@ -203,6 +189,7 @@ def create(
     own = {k: v for k, v in hyperparameters.items() if k in rule.hyperparameters()}
     adam = {k.removeprefix("adam_"): v for k, v in hyperparameters.items() if k not in own}
     decayed = {_role(role) for role in decay_roles}
+    label = " ".join([*reversed(wrap), name])
     groups: dict[Hashable, dict[str, Any]] = {}
     for index, (params, role, extra) in enumerate(_members(model)):
         if found.routed and role is None:
@@ -211,13 +198,13 @@ def create(
                 "know them: pass the nn.Module, or parameter groups with a 'role' each."
             )
         mine = role is None or role in found.roles
-        group = {"rule": name if mine else FALLBACK, **(own if mine else adam)}
+        group = {"rule": label if mine else FALLBACK, **(own if mine else adam)}
         if role is not None and role not in decayed:
             group["weight_decay"] = 0.0
         # A caller's own groups stay as they are; single parameters are gathered.
         key: Hashable = index if extra is not None else (mine, role is None or role in decayed)
         groups.setdefault(key, {**group, **(extra or {}), "params": []})["params"].extend(params)
-    rules = {name: rule, FALLBACK: found.fallback} if found.routed else {name: rule}
+    rules = {label: rule, FALLBACK: found.fallback} if found.routed else {label: rule}
     return Optimizer(list(groups.values()), rules, runs=runs, compile=compile)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from steepest.errors import UserError, unknown
-from steepest.optim import buckets, stepping
+from steepest.optim import buckets, hyperparameters, stepping
+from steepest.optim.hyperparameters import is_zero
 from steepest.optim.rule import Layout, Rule, State, is_live
 
 COMPILE_ELEMENTS = 4_000_000
@@ -28,7 +30,8 @@ class Optimizer(torch.optim.Optimizer):
     out is the rule's. Values in `param_groups` are live: change them, or let an lr scheduler.
 
     With `runs=K` every parameter has a leading dimension of K independent runs, and any float
-    hyperparameter may be a 1-D float64 tensor of K values.
+    hyperparameter may be a 1-D float64 tensor of K values. torch's lr schedulers set one number, so
+    with an lr per run set `param_groups[i]["lr"]` yourself.
 
     `compile`: True, False, or "auto" (compile where there are enough parameters and a compiler).
 
@@ -47,7 +50,12 @@ class Optimizer(torch.optim.Optimizer):
         self.runs = runs
         self.compile = compile
         self._made: list[Plan] | None = None
+        if compile not in (True, False, "auto"):
+            raise UserError(f"compile is {compile!r}; it must be True, False or 'auto'.")
         super().__init__(groups, {})
+        common = set.intersection(*(set(rule.hyperparameters()) for rule in self.rules.values()))
+        first = next(iter(self.rules.values())).hyperparameters()
+        self.defaults = {name: value for name, value in first.items() if name in common}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with `"rule"` naming one of `rules` where there are several."""
@@ -59,18 +67,29 @@ class Optimizer(torch.optim.Optimizer):
             if key not in defaults and key not in RESERVED:
                 raise unknown(f"hyperparameter of {name}", key, defaults)
         for key, value in defaults.items():
-            param_group[key] = _as_default(name, key, param_group.get(key, value), value)
+            given = param_group.get(key, value)
+            param_group[key] = hyperparameters.normal(name, key, given, value, self.runs)
         super().add_param_group(param_group)
-        if self.runs is not None:
-            self._check_runs(self.param_groups[-1])
+        try:
+            self._check_shapes(self.param_groups[-1])
+        except UserError:
+            del self.param_groups[-1]
+            raise
         self._made = None
 
-    def _check_runs(self, group: dict[str, Any]) -> None:
+    def _check_shapes(self, group: dict[str, Any]) -> None:
+        least = self.rules[group["rule"]].least_ndim
         for p in group["params"]:
-            if p.ndim < 1 or p.shape[0] != self.runs:
+            shape = tuple(p.shape)
+            if self.runs is not None and (not shape or shape[0] != self.runs):
                 raise UserError(
                     f"With runs={self.runs} every parameter needs a leading dimension of "
-                    f"{self.runs}, but one has shape {tuple(p.shape)}."
+                    f"{self.runs}, but one has shape {shape}."
+                )
+            if p.ndim - (self.runs is not None) < least:
+                raise UserError(
+                    f"{group['rule']} steps parameters of at least {least} dimensions, but one has "
+                    f"shape {shape}; give it the role 'vector'."
                 )
 
     @overload
@@ -108,6 +127,11 @@ class Optimizer(torch.optim.Optimizer):
         due: dict[int, list[int]] = {}
         for index, p in enumerate(bucket.params):
             if p.grad is not None:
+                if p.grad.layout is not torch.strided:
+                    raise UserError(
+                        f"A parameter of shape {tuple(p.shape)} has a sparse gradient; steepest "
+                        "steps dense ones (nn.Embedding(sparse=False))."
+                    )
                 state = self.state[p]
                 state["step"] += 1
                 due.setdefault(state["step"], []).append(index)
@@ -140,7 +164,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._made is None:
             self._made = [self._plan(group) for group in self.param_groups]
         for index, (group, plan) in enumerate(zip(self.param_groups, self._made, strict=True)):
-            if not plan.fits(group):
+            if not plan.fits(group, self.runs):
                 self._made[index] = self._plan(group)
         return self._made
 
@@ -200,15 +224,14 @@ class Optimizer(torch.optim.Optimizer):
                     f"parameter group is stepped by {mine['rule']!r}."
                 )
         super().load_state_dict(state_dict)
-        self._plans()
-
-    @staticmethod
-    def _process_value_according_to_param_policy(
-        param: Tensor, value: Tensor, *_: Any, **__: Any
-    ) -> Tensor:
         # torch casts state to the parameter's dtype, which would round float32 moments of bfloat16
-        # parameters at every resume.
-        return value.to(device=param.device)
+        # parameters at every resume: take the values as they were saved.
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if i in state_dict["state"]:
+                self.state[p] = dict(state_dict["state"][i])
+        self._plans()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"rules": self.rules, "runs": self.runs, "compile": self.compile}
@@ -231,43 +254,36 @@ class Plan:
     buckets: list[buckets.Bucket]
     compiled: bool
 
-    def fits(self, group: Mapping[str, Any]) -> bool:
-        """Say whether the group's static hyperparameters are still those of the plan.
+    def fits(self, group: dict[str, Any], runs: int | None) -> bool:
+        """Say whether the group is stepped as planned, after bringing its values to normal form.
 
-        Raises UserError where a change would need state that is not there.
+        Raises UserError for a wrong value, and where a change would need state that is not there.
         """
         planned = self.rule.hyperparameters()
-        for name in self.rule.structural:
-            if bool(planned[name]) != bool(group[name]):
-                raise UserError(
-                    f"{name} of a parameter group went from {planned[name]} to {group[name]}, but "
-                    f"it decides what state is kept; make a new optimizer."
-                )
+        flipped = {}
+        for name, value in planned.items():
+            now = group[name]
+            if type(now) is not float or type(value) is not float or not math.isfinite(now):
+                group[name] = now = hyperparameters.normal(group["rule"], name, now, value, runs)
+            if is_zero(now) != is_zero(value):
+                flipped[name] = now
+        if flipped and self._state_names(self.rule) != self._state_names(
+            self.rule.replace(**flipped)
+        ):
+            name, now = next(iter(flipped.items()))
+            raise UserError(
+                f"{name} of a parameter group went from {planned[name]} to {now}, but it decides "
+                "what state is kept; make a new optimizer."
+            )
         return all(
             is_live(group[name]) if is_live(value) else group[name] == value
             for name, value in planned.items()
         )
 
+    def _state_names(self, rule: Rule) -> set[str]:
+        shape = self.buckets[0].params[0].shape if self.buckets else (1, 1)
+        return set(rule.init(torch.empty(shape, device="meta")))
+
 
 def _describe(state: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{k} {tuple(v.shape)}" for k, v in state.items()) or "nothing"
-
-
-def _as_default(rule: str, name: str, value: Any, default: Any) -> Any:
-    """Return the value in the type of the default: 1 means 1.0, a list means a tuple."""
-    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-        if len(value) == len(default):
-            return tuple(_as_default(rule, name, v, d) for v, d in zip(value, default, strict=True))
-    elif isinstance(default, bool) or isinstance(value, bool):
-        if type(default) is type(value):
-            return value
-    elif isinstance(default, float) or default is None:
-        if value is None and default is None:
-            return None
-        if isinstance(value, Tensor) and value.ndim <= 1:
-            return value.to("cpu", torch.float64) if value.ndim else float(value)
-        if isinstance(value, (int, float)):
-            return float(value)
-    elif type(default) is type(value):
-        return value
-    raise UserError(f"{name} of {rule} is {value!r}, but it must be like {default!r}.")

@@ -35,16 +35,17 @@ def roles(model: nn.Module) -> dict[str, NamedRole]:
     """Return the role of every parameter that requires a gradient, by name, with the reason.
 
     The type of the module that owns a parameter decides: `nn.Embedding` is an embedding; anything
-    of fewer than two dimensions is a vector; a matrix in a module called like an output layer
-    (`lm_head`, `head`, `output`, ...) at the end of its path is the head, as is what
-    `model.get_output_embeddings()` names; every other matrix is hidden. A parameter shared by an
-    embedding and a head counts once, as an embedding.
+    of fewer than two dimensions is a vector; the head is the matrix of the module that
+    `model.get_output_embeddings()` returns, or, where the model does not say, of one called like an
+    output layer (`lm_head`, `head`, `output`, ...) that is not part of a numbered layer; every
+    other matrix is hidden. A parameter shared by an embedding and a head counts once, as an
+    embedding.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     found: dict[int, tuple[str, NamedRole]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            role = _role(path, module, parameter.ndim, module is output)
+            role = _role(path, module, parameter.ndim, output)
             known = found.get(id(parameter))
             if known is None:
                 found[id(parameter)] = (f"{path}.{name}" if path else name, role)
@@ -55,14 +56,15 @@ def roles(model: nn.Module) -> dict[str, NamedRole]:
     return {name: role for key, (name, role) in found.items() if key in wanted}
 
 
-def _role(path: str, module: nn.Module, ndim: int, is_output: bool) -> NamedRole:
+def _role(path: str, module: nn.Module, ndim: int, output: nn.Module | None) -> NamedRole:
     kind = type(module).__name__
     if ndim < 2:
         return NamedRole(Role.VECTOR, f"{ndim} dimensions")
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return NamedRole(Role.EMBEDDING, f"weight of a {kind}")
-    if is_output:
+    if module is output:
         return NamedRole(Role.HEAD, "the model's output embeddings")
-    if path.rpartition(".")[2] in HEAD_NAMES:
+    parts = path.split(".")
+    if output is None and parts[-1] in HEAD_NAMES and not any(map(str.isdigit, parts)):
         return NamedRole(Role.HEAD, f"{kind} named {path!r}")
     return NamedRole(Role.HIDDEN, f"matrix of a {kind}")

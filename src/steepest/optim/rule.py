@@ -63,9 +63,8 @@ class Rule:
     """`update` reads the parameter's values. Where False it gets NaN in the parameter's shape, and
     the engine saves a copy of the parameters."""
 
-    structural: ClassVar[tuple[str, ...]] = ()
-    """Live hyperparameters whose being zero decides what state is kept; they can't be switched
-    between zero and non-zero after the first step."""
+    least_ndim: ClassVar[int] = 0
+    """Fewest dimensions that the rule can step."""
 
     def init(self, param: Tensor) -> State:
         """Return the state of a parameter that has not been stepped."""

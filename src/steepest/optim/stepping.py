@@ -70,7 +70,8 @@ def kernel(
     p = bucket.params[0]
     if not compile:
         return _eager(rule, layout, runs, phase, blocks=runs is None and p.device.type == "cpu")
-    signature = (type(bucket), p.dtype, p.device, *((p.shape, p.stride()) for p in bucket.params))
+    shapes = tuple((p.shape, p.stride()) for p in bucket.params)
+    signature = (type(bucket), p.dtype, p.device, shapes, tuple(bucket.states[0]))
     return _compiled(rule, layout, runs, signature)
 
 

@@ -60,8 +60,9 @@ class Adafactor(Rule):
             row = ema(state["exp_avg_sq_row"], q.mean(-1), h.beta2)
             col = ema(state["exp_avg_sq_col"], q.mean(-2), h.beta2)
             new = {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
-            relative = row / row.mean(-1, keepdim=True)
-            direction = grad * relative.rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+            # Roots before products: the ratio of a dead row to the mean may underflow.
+            relative = row.rsqrt() * row.mean(-1, keepdim=True).sqrt()
+            direction = grad * relative.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
         rms = (direction * direction).mean().sqrt()
         direction = direction / torch.clamp(rms / h.clip_threshold, min=1.0)
         if self.beta1 is not None:

@@ -31,6 +31,7 @@ class Muon(Rule):
     ns_dtype: str = "bfloat16"
 
     reads_param: ClassVar[bool] = False
+    least_ndim: ClassVar[int] = 2
 
     def init(self, param: Tensor) -> State:
         """Return the gradient's moving average, zero."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from steepest.optim.hyperparameters import is_zero
 from steepest.optim.rule import Hyper, Rule, State
 
 
@@ -27,11 +28,10 @@ class SGD(Rule):
     nesterov: bool = False
 
     elementwise: ClassVar[bool] = True
-    structural: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def init(self, param: Tensor) -> State:
         """Return the momentum buffer, or nothing when momentum is 0."""
-        return {"momentum": torch.zeros_like(param)} if self.momentum else {}
+        return {} if is_zero(self.momentum) else {"momentum": torch.zeros_like(param)}
 
     def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
         """Return the momentum (or the gradient where there is none)."""

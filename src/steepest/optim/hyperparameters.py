@@ -1,0 +1,112 @@
+"""Hyperparameters: what each name means, which values it takes, and their one form."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.errors import UserError
+
+MEANINGS = {
+    "lr": "learning rate; the step is lr times the direction",
+    "weight_decay": "decoupled decay: each step shrinks a decayed weight by lr * weight_decay",
+    "momentum": "decay of the gradient's moving average",
+    "nesterov": "look one step ahead along the momentum",
+    "betas": "decays of the moving averages of the gradient and of its square (or of Lion's two)",
+    "eps": "added to the denominator",
+    "beta1": "decay of a first moment; None keeps none",
+    "decay_rate": "exponent c of the second moment's decay 1 - t^-c",
+    "clip_threshold": "largest root mean square of the direction",
+    "ns_steps": "Newton-Schulz iterations",
+    "ns_dtype": "dtype of the Newton-Schulz products",
+    "shampoo_beta": "decay of the Kronecker factors; None takes the second of betas",
+    "update_interval": "steps between refreshes of the basis",
+    "max_precond_dim": "longest side that gets a factor; longer ones stay as they are",
+}
+"""What each hyperparameter means, in a line."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The values a number may have: from `low`, up to but without `high`."""
+
+    low: float = 0.0
+    high: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.high
+
+    def __str__(self) -> str:
+        return f"at least {self.low:g}" + (
+            "" if self.high == math.inf else f" and below {self.high:g}"
+        )
+
+
+FRACTION = Limits(high=1.0)
+COUNT = Limits(low=1)
+LIMITS = {
+    "betas": FRACTION,
+    "beta1": FRACTION,
+    "momentum": FRACTION,
+    "shampoo_beta": FRACTION,
+    "ns_steps": COUNT,
+    "update_interval": COUNT,
+    "max_precond_dim": COUNT,
+}
+"""Limits by name; other numbers are at least 0 and finite."""
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def normal(rule: str, name: str, value: Any, default: Any, runs: int | None) -> Any:
+    """Return a hyperparameter in the form of its default: 1 is 1.0, a list is a tuple.
+
+    With `runs`, a float may be a 1-D tensor of that many values. Raises UserError where the value
+    is of another kind than the default, or out of its limits.
+    """
+    if isinstance(default, tuple):
+        if isinstance(value, (list, tuple)) and len(value) == len(default):
+            pairs = zip(value, default, strict=True)
+            return tuple(normal(rule, name, v, d, runs) for v, d in pairs)
+    elif isinstance(default, (bool, str)):
+        if type(value) is type(default) and (value in DTYPES or not name.endswith("dtype")):
+            return value
+    elif isinstance(default, int):
+        if type(value) is int:
+            return int(_limited(rule, name, value))
+    elif value is None and default is None:
+        return None
+    elif isinstance(value, Tensor) and value.ndim == 1:
+        return _per_run(rule, name, value, runs)
+    elif not isinstance(value, bool) and (
+        isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0)
+    ):
+        return _limited(rule, name, float(value))
+    kind = f"one of {', '.join(DTYPES)}" if name.endswith("dtype") else f"like {default!r}"
+    raise UserError(f"{name} of {rule} is {value!r}, but it must be {kind}.")
+
+
+def is_zero(value: object) -> bool:
+    """Say whether a live hyperparameter is the number 0; one per run is not."""
+    return isinstance(value, float) and value == 0.0
+
+
+def _limited(rule: str, name: str, value: float) -> float:
+    limits = LIMITS.get(name, Limits())
+    if value in limits:
+        return value
+    raise UserError(f"{name} of {rule} is {value:g}; it must be {limits}.")
+
+
+def _per_run(rule: str, name: str, values: Tensor, runs: int | None) -> Tensor:
+    if runs is None or len(values) != runs:
+        wanted = "a number, as runs is not given" if runs is None else f"a number or {runs} of them"
+        raise UserError(f"{name} of {rule} has {len(values)} values; it must be {wanted}.")
+    for value in values.tolist():
+        _limited(rule, name, value)
+    return values.to("cpu", torch.float64)

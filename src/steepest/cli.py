@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     sys.exit(f"steepest: the command line needs {error.name}; pip install 'steepest[bench]'.")
 
-from steepest import models, train
+from steepest import compiler, models, train
 from steepest.optim import catalogue
 from steepest.report import formatting, html, live, terminal
 from steepest.study import estimate, executor, store
@@ -39,8 +39,8 @@ class Race:
     """Race optimizers: tune each one's learning rate, rank them on fresh seeds, write a report."""
 
     optimizers: Positional[tuple[str, ...]] = ()
-    """Names from `steepest optimizers`, or path/to/mine.py:Class for a torch.optim.Optimizer of
-    your own. Without any: sgd signum lion adamw adafactor muon soap."""
+    """Names from `steepest optimizers`, or path/to/mine.py:Class for a torch.optim.Optimizer or
+    steepest.Rule of your own. Without any, the seven of the default race."""
     model: str = field(default_factory=lambda: _protocol("model"))
     """Model size, one of `steepest models`."""
     corpus: str = field(default_factory=lambda: _protocol("corpus"))
@@ -64,13 +64,14 @@ class Race:
     compile: bool | None = None
     """Compile the model's training step; by default where a C++ compiler is found."""
     lrs: tuple[str, ...] = ()
-    """Learning rates to try: numbers for every optimizer, or name=number,number for one."""
+    """Learning rates to try: numbers for every optimizer, or name=number,number for one. Those that
+    the race in the same directory has tried count, too."""
     seeds: int = field(default_factory=lambda: _protocol("seeds"))
     """Final runs of each optimizer at its best learning rate."""
-    baseline: str = field(default_factory=lambda: _protocol("baseline"))
-    """Optimizer that the others are compared with."""
+    baseline: str | None = None
+    """Optimizer that the others are compared with; adamw where it races, else the first."""
     jobs: int = field(default_factory=executor.cores)
-    """Runs side by side, one thread each; by default one per core."""
+    """Runs side by side, one thread each; by default as many as there are cores."""
     out: Path | None = None
     """Directory of the race; by default results/race-<protocol>, so that equal protocols meet."""
 
@@ -199,13 +200,10 @@ def race(arguments: list[str]) -> None:
 def plan_of(args: Race) -> planning.RacePlan:
     """Return the race that the flags describe."""
     names = args.optimizers or tuple(_protocol("optimizers"))
-    baseline = args.baseline if args.baseline in names else names[0]
     if repeated := planning.duplicates(names):
         raise UserError(f"{repeated[0]} is named twice.")
     if args.seeds < 1 or args.jobs < 1 or args.tokens < 1:
         raise UserError("--seeds, --jobs and --tokens must be at least 1.")
-    if args.baseline not in names and args.baseline != _protocol("baseline"):
-        raise UserError(f"--baseline {args.baseline} is not in the race; add it.")
     lrs = planning.grids(args.lrs, names)
     base = planning.base_config(
         model=args.model,
@@ -222,14 +220,13 @@ def plan_of(args: Race) -> planning.RacePlan:
     for entrant in entrants:  # what cannot be built is said now, not by the first worker
         optimizer = train.OptimizerConfig(entrant.name, entrant.lrs[0], entrant.options)
         train.check(optimizer, base.model)
-    return planning.RacePlan(entrants, base, args.seeds, baseline, args.model)
+    return planning.RacePlan(entrants, base, args.seeds, args.baseline, args.model)
 
 
 def announce(console: Console, plan: planning.RacePlan, out: Path, jobs: int) -> None:
     """Print what is about to be done, with an estimate of its time."""
     training, tokens = plan.base.training, plan.base.training.steps * plan.base.tokens_per_step
     size = models.parameter_count(plan.base.model).total
-    seconds = estimate.race_seconds(plan, jobs)
     console.print(
         f"{len(plan.entrants)} optimizers on a LLaMA of {formatting.count(size)} "
         f"parameters ({plan.model}), {formatting.count(tokens)} tokens of "
@@ -240,6 +237,9 @@ def announce(console: Console, plan: planning.RacePlan, out: Path, jobs: int) ->
     for entrant in plan.entrants:
         table.add_row(entrant.name, "  ".join(f"{lr:g}" for lr in entrant.lrs))
     console.print(table)
+    if compiler.problem() and not training.compile:
+        console.print(f"{compiler.problem()} Everything runs eagerly, slower.", highlight=False)
+    seconds = estimate.race_seconds(plan, jobs)
     console.print(
         f"Then the best of each on {plan.seeds} fresh seeds: {plan.runs} runs, {jobs} at a time, "
         f"about {formatting.duration(seconds)}. Results: {out}\n",
@@ -250,13 +250,11 @@ def announce(console: Console, plan: planning.RacePlan, out: Path, jobs: int) ->
 
 def train_one(arguments: list[str]) -> None:
     """Train one run and print its result."""
-    default = None
-    if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments[0])
-        config = train.RunConfig.from_toml(path)
+    args: Train = parse(Train, "train", arguments)
+    if args.config is not None:  # again, with what the file says as the defaults of the flags
+        config = train.RunConfig.from_toml(args.config)
         sections = {f.name: getattr(config, f.name) for f in fields(config)}
-        default = Train(config=path, **sections)
-    args: Train = parse(Train, "train", arguments, default)
+        args = parse(Train, "train", arguments, Train(config=args.config, **sections))
     sections = {f.name: getattr(args, f.name) for f in fields(train.RunConfig)}
     console = Console()
     with live.LiveRun(console) as watcher:

@@ -30,6 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("race", "--lrs", "quick"), "positive numbers"),
         (("race", "adamw", "adamw"), "adamw is named twice"),
         (("race", "mine.py:Mine"), "mine.py"),
+        (("race", "adamw", "--baseline", "lion"), "lion"),
         (("race", "--corpus", "no/such.txt"), "no/such.txt"),
         (("train", "no.toml"), "no.toml"),
         (("train", "--optimizer.nam", "lion"), "'--optimizer.name'"),
@@ -108,7 +109,7 @@ def test_train_from_file_and_flags(
         "[schedule]\nwarmup_steps = 1\n[training]\nsteps = 3\neval_tokens = 64\n"
     )
     flags = ("--optimizer.options", "weight_decay", "0.1", "--training.steps", "2")
-    assert run(monkeypatch, "train", "run.toml", *flags) == 0
+    assert run(monkeypatch, "train", *flags, "run.toml") == 0
     assert "lion finished" in capsys.readouterr().out
     (config,) = Path("results/runs").glob("*/config.toml")
     text = config.read_text()

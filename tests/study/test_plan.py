@@ -6,7 +6,10 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
+import steepest
+from steepest import models
 from steepest.errors import UserError
 from steepest.study import plan as planning
 from steepest.study.plan import TUNING_SEED, RacePlan
@@ -97,4 +100,31 @@ def test_key_changes_with_the_protocol_only() -> None:
     plan = make_plan("adamw")
     assert plan.key() == make_plan("lion", "muon").key()
     assert plan.key() != make_plan("adamw", tokens=8192).key()
-    assert plan.key() != make_plan("adamw", seeds=2).key()
+    assert plan.key() == make_plan("adamw", seeds=2).key()
+
+
+def test_protocol_covers_everything_that_runs_share() -> None:
+    plan = make_plan("adamw")
+    for section, changed in {
+        "schedule": {"decay_fraction": 0.5},
+        "data": {"fingerprint": "of other texts"},
+        "training": {"eval_every": 1},
+        "model": {"init_std": 0.1},
+    }.items():
+        part = replace(getattr(plan.base, section), **changed)
+        other = replace(plan, base=replace(plan.base, **{section: part}))
+        assert other.key() != plan.key(), section
+
+
+def test_soap_rotates_both_sides_of_every_hidden_matrix_of_the_default_race() -> None:
+    protocol = planning.defaults()["protocol"]
+    model = models.Llama(models.size(protocol["model"]))
+    options = planning.entrant("soap", ()).options
+    optimizer = steepest.create("soap", model, **options)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    roles = steepest.roles(model)
+    for name, p in model.named_parameters():
+        if roles[name].role is steepest.Role.HIDDEN:
+            assert {"factor_left", "factor_right"} <= set(optimizer.state[p]), name

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.study.test_plan import make_plan
 
 from steepest.errors import UserError
+from steepest.study import plan as planning
 from steepest.study.race import run_race
 from steepest.study.store import load_race
 
@@ -82,6 +84,15 @@ def test_race_ranks_extends_and_repeats_nothing(tmp_path: Path) -> None:
     run_race(make_plan("adamw", "lion", seeds=2), out, jobs=1, watcher=Silent())
     assert all(path.stat().st_mtime_ns == at for path, at in written.items())
     assert set(load_race(out).optimizers) == {"adamw", f"{mine}:Mine", "lion"}
+
+    assert load_race(out).baseline == "adamw"
+
+    more = replace(make_plan("lion", seeds=2), entrants=(planning.entrant("lion", (2e-3,)),))
+    tried = set(load_race(out).tuning["lion"])
+    run_race(more, out, jobs=1, watcher=Silent())
+    assert tried < set(load_race(out).tuning["lion"])  # what was tried before still counts
+    with pytest.raises(UserError, match="not in the race"):
+        run_race(replace(more, baseline="soap"), out, jobs=1, watcher=Silent())
 
     with pytest.raises(UserError, match="another protocol"):
         run_race(make_plan("adamw", seeds=2, tokens=8192), out, jobs=1, watcher=Silent())

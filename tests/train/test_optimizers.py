@@ -107,12 +107,16 @@ def test_a_file_is_known_by_its_content(momentum_file: Path, tmp_path: Path) -> 
     [
         ("absent.py:Mine", {}, "Cannot read the optimizer file absent.py: No such file"),
         ("{file}:Momentun", {}, "Unknown class 'Momentun'; did you mean 'Momentum'?"),
-        ("{file}:torch", {}, "is not a class derived from torch.optim.Optimizer."),
+        ("{file}:torch", {}, "is not a class derived from torch.optim.Optimizer or steepest.Rule."),
         ("{file}:Momentum", {"momentun": 1.0}, "did you mean 'momentum'?"),
         ("{file}:Momentum", {"momentun": 1.0}, "takes lr, momentum, noise, weight_decay"),
         ("no.such.module:Mine", {}, "Cannot import 'no.such.module'"),
         ("torch.optim:AdamW", {"eps": -1.0}, "'torch.optim:AdamW' cannot be built: Invalid eps"),
-        ("torch.nn:Linear", {}, "is not a class derived from torch.optim.Optimizer."),
+        (
+            "torch.nn:Linear",
+            {},
+            "is not a class derived from torch.optim.Optimizer or steepest.Rule.",
+        ),
     ],
 )
 def test_wrong_input_gets_a_sentence(
@@ -187,3 +191,30 @@ def test_an_optimizer_with_a_closure_trains(make_config: MakeConfig, tmp_path: P
     )
     result = run(config, tmp_path)
     assert result["val_loss"] < result["initial_val_loss"]
+
+
+def test_a_rule_of_ones_own(tmp_path: Path) -> None:
+    """A steepest.Rule in a file is stepped like one of the catalogue."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import dataclass\n"
+        "import steepest\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Plain(steepest.Rule):\n"
+        "    lr: float = 0.1\n"
+        "    scale: float = 1.0\n"
+        "    elementwise = True\n\n"
+        "    def init(self, param):\n"
+        "        return {}\n\n"
+        "    def update(self, grad, param, state, h):\n"
+        "        return h.scale * grad, {}\n"
+    )
+    model = torch.nn.Linear(3, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    build(OptimizerConfig(f"{path}:Plain", 0.5, {"scale": 2.0}), model).step()
+    for p, was in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), was - 1.0)
+    with pytest.raises(UserError, match="'scale'"):
+        build(OptimizerConfig(f"{path}:Plain", 0.5, {"scal": 2.0}), model)

@@ -25,7 +25,7 @@ CHUNK = 8
 """Larger elementwise tensors of one shape that share a compiled call. A larger chunk saves
 microseconds a call; a smaller one compiles faster and serves any depth with the same kernel."""
 
-STACK_ELEMENTS = {"cpu": 1 << 22}
+STACK_ELEMENTS = {"cpu": 1 << 21}
 """Elements in one stack at most, by device type. On a CPU a batch gains nothing once the cores are
 busy, and temporaries that stay in the cache are faster."""
 

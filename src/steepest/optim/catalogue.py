@@ -103,8 +103,6 @@ class Description:
     """State of a 256 x 128 float32 matrix that the method steps: name -> shape."""
     state_bytes_per_parameter: float
     """Bytes of state per parameter of that matrix."""
-    hooks: tuple[str, ...]
-    """What it asks of the training loop beyond gradients."""
 
 
 def names() -> list[str]:
@@ -117,6 +115,10 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise unknown("optimizer", name, RECIPES)
     return RECIPES[name]
+
+
+def _own(rule: Rule) -> Recipe:
+    return Recipe(type(rule).__name__.lower(), rule, "", 0, "")
 
 
 def describe(name: str) -> Description:
@@ -140,7 +142,6 @@ def describe(name: str) -> Description:
         roles=tuple(role.value for role in Role if role in found.roles),
         state={key: tuple(t.shape) for key, t in state.items()},
         state_bytes_per_parameter=held / matrix.numel(),
-        hooks=(),
     )
 
 
@@ -149,7 +150,7 @@ def _of_fallback(key: str) -> str:
 
 
 def create(
-    name: str,
+    name: str | Rule,
     model: nn.Module | Iterable[Any],
     *,
     wrap: str | Sequence[str] = (),
@@ -158,7 +159,7 @@ def create(
     compile: bool | Literal["auto"] = "auto",
     **hyperparameters: Any,
 ) -> Optimizer:
-    """Return the optimizer `name` for a model.
+    """Return the optimizer `name`, or one that steps every parameter by a rule, for a model.
 
     `model` is an `nn.Module` (every parameter gets its role from its module, see `roles`), or
     parameters, or `(name, parameter)` pairs, or torch parameter groups, each with an optional
@@ -174,9 +175,9 @@ def create(
     Raises UserError (a ValueError) for an unknown optimizer, wrapper or role, and TypeError for
     an unknown hyperparameter, each with the nearest right name.
     """
-    found = recipe(name)
+    found = recipe(name) if isinstance(name, str) else _own(name)
     valid = found.hyperparameters()
-    rule = found.rule
+    name, rule = found.name, found.rule
     wrap = [wrap] if isinstance(wrap, str) else wrap
     for wrapper in wrap:
         if wrapper not in WRAPPERS:

@@ -13,7 +13,7 @@ from torch import Tensor
 from steepest.errors import UserError, unknown
 from steepest.optim import buckets, hyperparameters, stepping
 from steepest.optim.hyperparameters import is_zero
-from steepest.optim.rule import Layout, Rule, State, is_live
+from steepest.optim.rule import Layout, Rule, State, Wrapper, is_live
 
 COMPILE_ELEMENTS = 4_000_000
 """With compile="auto", parameters below this many elements run eagerly: a step takes less time
@@ -78,7 +78,9 @@ class Optimizer(torch.optim.Optimizer):
         self._made = None
 
     def _check_shapes(self, group: dict[str, Any]) -> None:
-        least = self.rules[group["rule"]].least_ndim
+        rule = self.rules[group["rule"]]
+        while isinstance(rule, Wrapper):
+            rule = rule.inner
         for p in group["params"]:
             shape = tuple(p.shape)
             if self.runs is not None and (not shape or shape[0] != self.runs):
@@ -86,10 +88,10 @@ class Optimizer(torch.optim.Optimizer):
                     f"With runs={self.runs} every parameter needs a leading dimension of "
                     f"{self.runs}, but one has shape {shape}."
                 )
-            if p.ndim - (self.runs is not None) < least:
+            if p.ndim - (self.runs is not None) < rule.least_ndim:
                 raise UserError(
-                    f"{group['rule']} steps parameters of at least {least} dimensions, but one has "
-                    f"shape {shape}; give it the role 'vector'."
+                    f"{group['rule']} steps parameters of at least {rule.least_ndim} dimensions, "
+                    f"but one has shape {shape}; give it the role 'vector'."
                 )
 
     @overload
@@ -115,7 +117,7 @@ class Optimizer(torch.optim.Optimizer):
                 if step not in packed:
                     now = stepping.with_scalars(plan.rule, values, step, self.runs)
                     packed[step] = plan.layout.pack(now, self.runs)
-                vector = packed[step].to(bucket.params[0].device, non_blocking=True)
+                vector = _sent(packed[step], bucket.params[0].device)
                 if len(indices) == len(bucket.params):
                     self._run(plan, bucket, step, vector, compile=plan.compiled)
                 else:
@@ -283,6 +285,12 @@ class Plan:
     def _state_names(self, rule: Rule) -> set[str]:
         shape = self.buckets[0].params[0].shape if self.buckets else (1, 1)
         return set(rule.init(torch.empty(shape, device="meta")))
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    # Apple GPUs have no float64: there 1 - beta keeps fewer digits.
+    dtype = torch.float32 if device.type == "mps" else values.dtype
+    return values.to(device, dtype, non_blocking=True)
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import shutil
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +11,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo import exc as dynamo
 
+from steepest import compiler
 from steepest.optim.buckets import Bucket, Inputs, compute_dtype
 from steepest.optim.rule import Layout, Rule, State, is_live
 
 BLOCK = 1 << 18
 """Elements that an elementwise rule steps at a time when run eagerly on a CPU, so that the
 temporaries of its dozen operations stay in the cache."""
+
+COMPILE_ERRORS = (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit)
 
 Phase = Literal["update", "start", "refresh"]
 
@@ -155,7 +156,7 @@ def _or_eager(fast: Kernel, eager: Kernel) -> Kernel:
         nonlocal chosen
         try:
             chosen(inputs, values)
-        except TorchDynamoException as error:
+        except COMPILE_ERRORS as error:
             cause = str(error).strip().splitlines()[0]
             _warn_once(
                 f"Compiling failed, so optimizers run eagerly: same results, slower ({cause})."
@@ -170,12 +171,10 @@ _serial = itertools.count()
 
 
 def can_compile() -> bool:
-    """Say whether torch.compile finds a C++ compiler here; warn once if not."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler):
-        return True
-    _warn_once(f"No C++ compiler ({compiler}) was found, so optimizers run eagerly, slower.")
-    return False
+    """Say whether torch.compile can work here; warn once if not."""
+    if problem := compiler.problem():
+        _warn_once(f"{problem} Optimizers run eagerly: same results, slower.")
+    return not problem
 
 
 @functools.cache

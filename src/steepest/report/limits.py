@@ -14,6 +14,8 @@ from steepest.report.formatting import count, listed, plural
 
 HARDWARE = ("cpu", "gpu", "device", "threads")
 """Keys of environment.json that training time depends on."""
+SOFTWARE = ("steepest", "git_commit", "torch")
+"""Keys of environment.json that a loss may depend on."""
 COMPUTE_OPTIMAL = 20
 """Tokens per parameter at which a model's compute is best spent (Hoffmann et al., 2022)."""
 TARGETS = (
@@ -33,6 +35,7 @@ def warnings(findings: Findings) -> list[str]:
         *_unequal(findings),
         *_reused_seeds(findings),
         *_mixed_hardware(findings),
+        *_mixed_software(findings),
         *_noted_by_runs(findings),
     ]
 
@@ -95,13 +98,25 @@ def _reused_seeds(findings: Findings) -> Iterable[str]:
 
 
 def _mixed_hardware(findings: Findings) -> Iterable[str]:
-    kinds = {
-        tuple(str(environment.get(key)) for key in HARDWARE)
-        for environment in findings.race.environments.values()
-        if environment
-    }
-    if len(kinds) > 1:
-        yield f"The runs were made on {len(kinds)} kinds of hardware: their times do not compare."
+    kinds = _kinds(findings, HARDWARE)
+    if kinds > 1:
+        yield f"The runs were made on {kinds} kinds of hardware: their times do not compare."
+
+
+def _mixed_software(findings: Findings) -> Iterable[str]:
+    kinds = _kinds(findings, SOFTWARE)
+    if kinds > 1:
+        yield (
+            f"The runs were made by {kinds} versions of steepest or torch, which may differ in "
+            "more than the optimizer: race again in a new directory to be sure."
+        )
+
+
+def _kinds(findings: Findings, keys: tuple[str, ...]) -> int:
+    environments = [
+        environment for environment in findings.race.environments.values() if environment
+    ]
+    return len({tuple(str(environment.get(key)) for key in keys) for environment in environments})
 
 
 def _noted_by_runs(findings: Findings) -> Iterable[str]:

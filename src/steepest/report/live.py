@@ -24,7 +24,8 @@ class LiveRace:
     def __init__(self, console: Console, *, runs: int, steps: int) -> None:
         self.console, self.runs, self.steps = console, runs, steps
         self.started = time.monotonic()
-        self.done = 0
+        self.done = self.reused = 0
+        self.seen: set[str] = set()
         self.running: dict[str, tuple[Task, RunProgress]] = {}
         self.bar = Progress(
             TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
@@ -47,12 +48,14 @@ class LiveRace:
             self.running.pop(task.label, None)
         else:
             self.running[task.label] = (task, progress)
+        self.seen.add(task.label)
         self._refresh()
 
     def finished(self, task: Task, result: dict[str, Any]) -> None:
         """Print how a run ended."""
         self.running.pop(task.label, None)
         self.done += 1
+        self.reused += task.label not in self.seen
         end = (
             f"diverged: {result['reason']}"
             if result["status"] == "diverged"
@@ -69,9 +72,10 @@ class LiveRace:
         self._refresh()
 
     def _left(self) -> str:
-        """Return the time left, by the pace since the first run ended or moved."""
-        steps = self.done * self.steps + sum(p.step for _, p in self.running.values())
-        total = self.runs * self.steps
+        """Return the time left, by the pace of the runs that were not there already."""
+        steps = (self.done - self.reused) * self.steps
+        steps += sum(p.step for _, p in self.running.values())
+        total = (self.runs - self.reused) * self.steps
         if not steps or steps >= total:
             return ""
         elapsed = time.monotonic() - self.started

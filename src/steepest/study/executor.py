@@ -33,9 +33,14 @@ POLL_SECONDS = 0.2
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use, by its affinity and its container's quota."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroups, or "max": no quota
+        return cores
 
 
 @dataclass(frozen=True)
@@ -71,32 +76,45 @@ class LocalExecutor:
                 jobs, self.context, initializer=_start, initargs=(self.messages,)
             )
             # Workers are started by the first submissions, which must see the environment.
-            wait([self.pool.submit(os.getpid) for _ in range(jobs)])
+            for started in [self.pool.submit(os.getpid) for _ in range(jobs)]:
+                started.result()
 
     def submit(self, task: Task) -> None:
         """Queue a run."""
         number = len(self.tasks)
         self.tasks[number] = task
-        future = self.pool.submit(_work, number, task.config, self.runs_dir)
+        try:
+            future = self.pool.submit(_work, number, task.config, self.runs_dir)
+        except BrokenProcessPool:
+            raise self._killed() from None
         self.pending[future] = task
 
     def outcomes(self) -> Iterator[Outcome]:
         """Yield runs as they end, until none is left; runs may be submitted meanwhile.
 
-        Raises UserError if a run cannot work, or if its process was killed.
+        Raises UserError if a run cannot work, or if a process was killed.
         """
         while self.pending:
             done, _ = wait(self.pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             self._pass_on()
             for future in done:
-                task = self.pending.pop(future)
                 try:
-                    yield Outcome(task, future.result())
+                    result = future.result()
                 except BrokenProcessPool:
-                    raise UserError(
-                        f"The process of {task.label} was killed, perhaps for want of memory; run "
-                        "the same command again to continue from the last checkpoints."
-                    ) from None
+                    raise self._killed() from None
+                except UserError:
+                    raise
+                except Exception as error:
+                    label, kind = self.pending[future].label, type(error).__name__
+                    raise UserError(f"The run {label} failed with {kind}: {error}") from error
+                yield Outcome(self.pending.pop(future), result)
+
+    def _killed(self) -> UserError:
+        begun = ", ".join(task.label for future, task in self.pending.items() if future.running())
+        return UserError(
+            f"A worker process was killed, perhaps for want of memory, while these were under way: "
+            f"{begun or 'none'}; run the same command again to continue from the last checkpoints."
+        )
 
     def close(self) -> None:
         """Stop the workers, at once if runs are under way."""

@@ -6,14 +6,13 @@ import hashlib
 import importlib.resources
 import itertools
 import json
-import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from steepest import models
+from steepest import compiler, data, models
 from steepest.errors import UserError
 from steepest.optim import catalogue
 from steepest.train import (
@@ -47,7 +46,8 @@ class RacePlan:
     base: RunConfig
     """The config that all runs share; its optimizer and seed are those of no run."""
     seeds: int
-    baseline: str
+    baseline: str | None
+    """Optimizer to compare with; None leaves it to the race (see `run_race`)."""
     model: str
 
     def config(self, entrant: Entrant, lr: float, seed: int) -> RunConfig:
@@ -72,7 +72,11 @@ class RacePlan:
         return sum(len(entrant.lrs) + self.seeds for entrant in self.entrants)
 
     def protocol(self) -> dict[str, str | int | float | bool]:
-        """Return what all runs share, flat, for the report; equal protocols can be compared."""
+        """Return what all runs share, flat, for the report; equal protocols can be compared.
+
+        How many learning rates and seeds there are is not part of it: more of them make a race
+        better, not another one.
+        """
         base = self.base
         size = models.parameter_count(base.model).total
         return {
@@ -94,8 +98,14 @@ class RacePlan:
             "precision": base.training.precision,
             "compile": base.training.compile,
             "eval_tokens": base.training.eval_tokens,
-            "seeds": self.seeds,
+            "config": self._shared(),
         }
+
+    def _shared(self) -> str:
+        """Return 8 hexadecimal digits over everything that runs share, named above or not."""
+        shared = self.base.to_dict()
+        del shared["optimizer"], shared["training"]["seed"], shared["data"]["corpus"]
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
     def key(self) -> str:
         """Return 8 hexadecimal digits that differ between protocols, for a directory's name."""
@@ -170,6 +180,7 @@ def base_config(
     """Return the config that the runs of a race share.
 
     `tokens` is rounded up to whole steps. `compile` None compiles where a C++ compiler is found.
+    The text is tokenized here, so that its content is part of the config.
     Raises UserError for what cannot be trained.
     """
     protocol = defaults()["protocol"]
@@ -177,9 +188,10 @@ def base_config(
     if vocab_size is not None:
         size = replace(size, vocab_size=vocab_size)
     steps = max(2, -(-tokens // (batch_size * sequence_length)))
+    fingerprint = data.prepare(corpus, size.vocab_size).fingerprint
     return RunConfig(
         model=size,
-        data=DataConfig(corpus, size.vocab_size, sequence_length, batch_size),
+        data=DataConfig(corpus, size.vocab_size, sequence_length, batch_size, fingerprint),
         schedule=ScheduleConfig(
             schedule,
             warmup_steps=round(protocol["warmup_fraction"] * steps),
@@ -189,7 +201,7 @@ def base_config(
             steps=steps,
             clip_norm=protocol["clip_norm"],
             precision=precision,
-            compile=shutil.which("g++") is not None if compile is None else compile,
+            compile=not compiler.problem() if compile is None else compile,
             eval_every=max(1, -(-steps // protocol["evaluations"])),
             eval_tokens=protocol["eval_tokens"],
         ),

@@ -99,7 +99,8 @@ def opened(runs_dir: Path, config: RunConfig) -> Iterator[RunFolder]:
         lock.write(f"{os.getpid()} on {platform.node()}\n")
         lock.flush()
         for leftover in (*folder.path.glob(".*"), *folder.checkpoints.glob(".*")):
-            leftover.unlink()  # of a write that was killed
+            if leftover.is_file():
+                leftover.unlink()  # of a write that was killed
         if not folder.config.exists():
             files.write_text(folder.config, config.to_toml())
         yield folder

@@ -1,8 +1,8 @@
 """From an optimizer's name and hyperparameters to the optimizer of a model.
 
-A name is one of the catalogue ("muon"), or a class of one's own: "path/to/mine.py:Mine" or
-"package.module:Mine". A file must stand alone or import installed packages: only its own content
-is part of a run's identity.
+A name is one of the catalogue ("muon"), or a class of one's own, a torch.optim.Optimizer or a
+steepest.Rule: "path/to/mine.py:Mine" or "package.module:Mine". A file must stand alone or import
+installed packages: only its own content is part of a run's identity.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from steepest.models import Llama, LlamaConfig
 from steepest.train.config import OptimizerConfig
 from steepest.train.identity import is_class, is_file
 
-OptimizerClass = Callable[..., torch.optim.Optimizer]
+OwnClass = type[Any]
 
 
 def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -35,7 +35,7 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     dimensions with the decay of `options`, vectors without any. Otherwise it gets all parameters.
 
     Raises UserError for an unknown name, an unknown hyperparameter, a missing file or class, or a
-    class that is no torch.optim.Optimizer.
+    class that is neither a torch.optim.Optimizer nor a steepest.Rule.
     """
     options = {key: _tuple(value) for key, value in config.options.items()}
     if not is_class(config.name):
@@ -44,6 +44,12 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
         except (TypeError, ValueError) as error:
             raise _failed(config, error) from error
     cls, _ = load_class(config.name)
+    if issubclass(cls, steepest.Rule):
+        own_rule: type[Any] = cls
+        try:
+            return steepest.create(own_rule(), model, lr=config.lr, **options)
+        except (TypeError, ValueError) as error:
+            raise _failed(config, error) from error
     names = _check_options(cls, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     params: Any = parameters
@@ -56,13 +62,17 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
             },
         ]
     try:
-        return cls(params, lr=config.lr, **options)
-    except (TypeError, ValueError) as error:
+        optimizer: torch.optim.Optimizer = cls(params, lr=config.lr, **options)
+    except Exception as error:
         raise _failed(config, error) from error
+    return optimizer
 
 
 def check(config: OptimizerConfig, model: LlamaConfig) -> None:
     """Raise what `build` would raise for a model of this config, without allocating it."""
+    if is_class(config.name):  # a constructor of the user's may look at values
+        build(config, Llama(LlamaConfig(8, 8, 1, 1, None, 8)))
+        return
     with torch.device("meta"):
         build(config, Llama(model))
 
@@ -75,7 +85,7 @@ def source_sha256(name: str) -> str:
     return load_class(name)[1] if is_class(name) else ""
 
 
-def load_class(name: str) -> tuple[OptimizerClass, str]:
+def load_class(name: str) -> tuple[OwnClass, str]:
     """Return the class that "file.py:Class" or "module:Class" names, and its file's SHA-256."""
     location, _, class_name = name.rpartition(":")
     module = _load_file(Path(location)) if is_file(location) else _import(location)
@@ -83,8 +93,10 @@ def load_class(name: str) -> tuple[OptimizerClass, str]:
     if cls is None:
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
         raise UserError(f"{location}: {unknown('class', class_name, classes)}")
-    if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
-        raise UserError(f"{name} is not a class derived from torch.optim.Optimizer.")
+    if not (inspect.isclass(cls) and issubclass(cls, (torch.optim.Optimizer, steepest.Rule))):
+        raise UserError(
+            f"{name} is not a class derived from torch.optim.Optimizer or steepest.Rule."
+        )
     file = inspect.getsourcefile(sys.modules[cls.__module__])
     if file is None or not Path(file).is_file():
         raise UserError(f"{name} has no source file, so its runs cannot be told apart.")
@@ -124,7 +136,7 @@ def _import(name: str) -> types.ModuleType:
         ) from None
 
 
-def _check_options(cls: OptimizerClass, config: OptimizerConfig) -> set[str]:
+def _check_options(cls: OwnClass, config: OptimizerConfig) -> set[str]:
     """Raise UserError unless the constructor takes lr and every option; return its names."""
     signature = inspect.signature(cls).parameters
     parameters = [

@@ -67,11 +67,11 @@ class SOAP(Rule):
         new = self._factors(grad, state, h)
         for side in SIDES:
             if f"factor_{side}" in new:
-                factor = new[f"factor_{side}"]
-                jitter = 1e-30 * torch.eye(
-                    factor.shape[-1], dtype=factor.dtype, device=factor.device
-                )
-                new[f"basis_{side}"] = torch.linalg.eigh(factor + jitter).eigenvectors.flip(-1)
+                # In float64, and finite, eigh always converges; what is not finite stays so in the
+                # factor, and the run is seen to diverge instead of crashing here.
+                factor = torch.nan_to_num(new[f"factor_{side}"].double(), posinf=0.0, neginf=0.0)
+                basis = torch.linalg.eigh(factor).eigenvectors.flip(-1)
+                new[f"basis_{side}"] = basis.to(grad.dtype)
         return new
 
     def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:

@@ -5,7 +5,7 @@
 Parameters and gradients are random float32, on the CPU unless --device says otherwise. The floor of
 an elementwise rule is the bytes it must move at the bandwidth measured in the same run by an
 in-place add; the floor of Muon is the time of its matrix products at the bfloat16 rate measured in
-the same run on matrices of the same shapes. All arms are timed in turn in every round, so that a
+the same run on matrices of the same shapes. It takes about 8 GB of memory. All arms are timed in turn in every round, so that a
 busy machine slows them alike; a table cell is the median over rounds.
 """
 
@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import steepest
 
@@ -135,6 +135,7 @@ def measure(device: str, rounds: int) -> list[dict[str, object]]:
         tensors(everything, device), lr=0.1, momentum=0.9, fused=True
     ).step
     elementwise = timed(arms, rounds, device)
+    arms.clear()  # several GB that the next arms need
     arms = {
         "products": products(device),
         "steepest muon": steepest_arm("muon", device, compile=True),

@@ -228,7 +228,7 @@ def duration(seconds: float) -> str:
 
 def mebibytes(value: float) -> str:
     """Return bytes in MiB."""
-    return f"{significant(value / 2**20)} MiB"
+    return f"{significant(value / 2**20, 2)} MiB"
 
 
 def plain(value: object) -> str:

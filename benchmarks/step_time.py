@@ -2,8 +2,8 @@
 
     python benchmarks/step_time.py [--threads 2] [--rounds 20] [--json out.json]
 
-Parameters and gradients are random float32, on the CPU unless --device says otherwise; about 8 GB of
-memory is needed. The floor of an elementwise rule is the bytes it must move at the bandwidth
+Parameters and gradients are random float32, on the CPU unless --device says otherwise; about 8 GB
+of memory is needed. The floor of an elementwise rule is the bytes it must move at the bandwidth
 measured in the same run by an in-place add; the floor of Muon is the time of its matrix products
 alone, in bfloat16 on matrices of the same shapes, in the same run. All arms are timed in turn in
 every round, so that a busy machine slows them alike; a table cell is the median over rounds.

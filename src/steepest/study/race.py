@@ -147,7 +147,7 @@ def _baseline(plan: RacePlan, before: dict[str, Any]) -> str:
     if plan.baseline is not None and plan.baseline not in names:
         raise UserError(f"The baseline {plan.baseline} is not in the race; add it.")
     preferred = (plan.baseline, before.get("baseline"), defaults()["protocol"]["baseline"])
-    return next((name for name in preferred if name in names), names[0])
+    return next((name for name in preferred if name is not None and name in names), names[0])
 
 
 def run_race(plan: RacePlan, out: Path, *, jobs: int, watcher: Watcher) -> None:

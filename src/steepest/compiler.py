@@ -10,14 +10,17 @@ import sys
 import sysconfig
 
 
-@functools.cache
 def problem() -> str:
     """Return a sentence that says what is missing, empty if nothing is.
 
     The compiler looked for is the one that torch takes: $CXX, else clang++ on macOS and g++
     elsewhere.
     """
-    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return _problem_of(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+
+
+@functools.cache
+def _problem_of(name: str) -> str:
     compiler = shutil.which(name)
     if compiler is None:
         return f"No C++ compiler ({name}) was found."

@@ -25,10 +25,6 @@ PUBLISHED = {
 GROUPED = LlamaConfig(heads=4, kv_heads=2, tie_embeddings=True)
 
 
-def test_race_is_the_default_config() -> None:
-    assert sizes()["race"] == LlamaConfig()
-
-
 def test_every_size_has_a_source_and_only_known_keys() -> None:
     fields = {field.name for field in dataclasses.fields(LlamaConfig)}
     for name, entry in size_entries().items():

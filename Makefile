@@ -28,7 +28,9 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "steepest needs Python 3.11 or later; set PYTHON=path/to/it.")'
 	$(PYTHON) -m venv .venv
-	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || true
+	command -v nvidia-smi >/dev/null \
+	  || $(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null \
+	  || echo "pip's indexes have no CPU build of torch $(TORCH): installing the default build, which may be large."
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==$(TORCH) --editable '.[bench,dev]'
 	touch $@
 

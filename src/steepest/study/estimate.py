@@ -13,8 +13,9 @@ from steepest.train import evaluation
 STEPS = 3
 COMPILED = 0.65
 """Time of a compiled step over an eager one, measured at the default race's model size."""
+START_SECONDS = 5.0
 COMPILE_SECONDS = 15.0
-OPTIMIZER = 1.2
+OPTIMIZER = 1.5
 """Time of a step with optimizer and evaluations over its forward and backward pass."""
 
 
@@ -30,7 +31,7 @@ def race_seconds(plan: RacePlan, jobs: int) -> float:
     if config.training.compile:
         step *= COMPILED
     rounds = -(-plan.runs // jobs)
-    start = COMPILE_SECONDS if config.training.compile else 0.0
+    start = START_SECONDS + (COMPILE_SECONDS if config.training.compile else 0.0)
     return start + rounds * config.training.steps * step * OPTIMIZER
 
 

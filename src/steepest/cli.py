@@ -126,9 +126,7 @@ def main() -> None:
         if name not in COMMANDS:
             raise unknown("command", name, COMMANDS)
         COMMANDS[name][1](rest)
-    except (UserError, TypeError) as error:
-        if not isinstance(error, UserError) and not str(error).startswith("Unknown "):
-            raise
+    except UserError as error:
         print(f"steepest: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -151,7 +149,7 @@ def parse(kind: type[Any], name: str, arguments: list[str], default: Any = None)
     """Return the arguments of a sub-command; an unknown flag is an error with the nearest one."""
     flags = [f"--{flag}" for flag in flags_of(kind)]
     for word in arguments:
-        flag = word.partition("=")[0]
+        flag = word.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in (*flags, "--help"):
             raise unknown("flag", flag, flags)
     given = {} if default is None else {"default": default}

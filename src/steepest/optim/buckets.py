@@ -25,9 +25,9 @@ CHUNK = 8
 """Larger elementwise tensors of one shape that share a compiled call. A larger chunk saves
 microseconds a call; a smaller one compiles faster and serves any depth with the same kernel."""
 
-STACK_ELEMENTS = {"cpu": 1 << 21}
-"""Elements in one stack at most, by device type. On a CPU a batch gains nothing once the cores are
-busy, and temporaries that stay in the cache are faster."""
+STACK_ELEMENTS = {"cpu": 6_000_000}
+"""Elements in one stack at most, by device type. On a CPU a larger batch gains nothing, and its
+temporaries are taken from the system and given back at every step."""
 
 STACK_ELEMENTS_ELSEWHERE = 1 << 27
 """The same for other devices: it bounds the copy of the gradients that a stack makes."""
@@ -165,7 +165,9 @@ def _chunks(rule: Rule, params: list[Tensor], *, joined: bool) -> list[list[Tens
     size = CHUNK
     if not rule.elementwise:
         limit = STACK_ELEMENTS.get(params[0].device.type, STACK_ELEMENTS_ELSEWHERE)
-        size = max(1, limit // max(1, params[0].numel()))
+        most = max(1, limit // max(1, params[0].numel()))
+        stacks = -(-len(params) // most)
+        size = -(-len(params) // stacks)  # of equal length: a last stack of one wastes the cores
     return [params[i : i + size] for i in range(0, len(params), size)]
 
 

@@ -19,6 +19,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {"adam_lr": 1e-2, "adam_weight_decay": 0.1, "ns_dtype": "float32"},
 }
 LR = 1e-2
+# Factors of one gradient of less than full rank leave part of an eigenbasis to rounding, and the
+# path of a method depends on it: such methods are compared on square matrices.
+NEEDS_FULL_RANK = {"soap"}
+FULL_RANK: tuple[tuple[int, ...], ...] = ((), (7,), (8, 8), (8, 8), (5, 5), (1, 1))
+
+
+def shapes_of(name: str) -> tuple[tuple[int, ...], ...]:
+    """Return every kind of shape on which an optimizer's path is determined."""
+    return FULL_RANK if name in NEEDS_FULL_RANK else problems.SHAPES
 
 
 def make(name: str, params: Sequence[Tensor] | nn.Module, **options: Any) -> steepest.Optimizer:

@@ -14,6 +14,7 @@ from engine import (
     OPTIONS,
     assert_same_bits,
     moved_alike,
+    shapes_of,
     train,
 )
 from torch import nn
@@ -62,23 +63,24 @@ def test_runs_together_are_runs_apart(
     if not small:
         monkeypatch.setattr(buckets, "SMALL", 11)
         monkeypatch.setattr(stepping, "BLOCK", 13)
-    singles = [problems.parameters(torch.float64, seed=run) for run in range(3)]
-    start = [problems.parameters(torch.float64, seed=run) for run in range(3)]
+    shapes = shapes_of(name)
+    singles = [problems.parameters(torch.float64, shapes, seed=run) for run in range(3)]
+    start = [problems.parameters(torch.float64, shapes, seed=run) for run in range(3)]
     together = [nn.Parameter(torch.stack([p.detach() for p in ps])) for ps in zip(*singles)]  # noqa: B905
     fixed = {"compile": False, **OPTIONS.get(name, {})}
     if name == "muon":
         fixed["ns_dtype"] = "float64"
     optimizer = steepest.create(
         name,
-        run_groups(together, problems.SHAPES),
+        run_groups(together, shapes),
         runs=3,
         **{**fixed, **options_of(name, None)},
     )
     apart = [
-        steepest.create(name, run_groups(ps, problems.SHAPES), **{**fixed, **options_of(name, run)})
+        steepest.create(name, run_groups(ps, shapes), **{**fixed, **options_of(name, run)})
         for run, ps in enumerate(singles)
     ]
-    streams = [problems.stream(8, seed=run) for run in range(3)]
+    streams = [problems.stream(8, shapes, seed=run) for run in range(3)]
     for grads in zip(*streams, strict=True):
         for p, gs in zip(together, zip(*grads, strict=True), strict=True):
             p.grad = torch.stack(gs).double()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import tomllib
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import torch
@@ -12,22 +14,9 @@ from torch import Tensor
 
 from steepest.errors import UserError
 
-MEANINGS = {
-    "lr": "learning rate; the step is lr times the direction",
-    "weight_decay": "decoupled decay: each step shrinks a decayed weight by lr * weight_decay",
-    "momentum": "decay of the gradient's moving average",
-    "nesterov": "look one step ahead along the momentum",
-    "betas": "decays of the moving averages of the gradient and of its square (or of Lion's two)",
-    "eps": "added to the denominator",
-    "beta1": "decay of a first moment; None keeps none",
-    "decay_rate": "exponent c of the second moment's decay 1 - t^-c",
-    "clip_threshold": "largest root mean square of the direction",
-    "ns_steps": "Newton-Schulz iterations",
-    "ns_dtype": "dtype of the Newton-Schulz products",
-    "shampoo_beta": "decay of the Kronecker factors; None takes the second of betas",
-    "update_interval": "steps between refreshes of the basis",
-    "max_precond_dim": "longest side that gets a factor; longer ones stay as they are",
-}
+MEANINGS: dict[str, str] = tomllib.loads(
+    resources.files("steepest.optim").joinpath("meanings.toml").read_text("utf-8")
+)
 """What each hyperparameter means, in a line."""
 
 

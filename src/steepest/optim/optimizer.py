@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from steepest.errors import UserError, unknown
-from steepest.optim import buckets, hyperparameters, stepping
-from steepest.optim.hyperparameters import is_zero
-from steepest.optim.rule import Layout, Rule, State, Wrapper, is_live
+from steepest.optim import hyperparameters, random, stepping
+from steepest.optim.live import Layout
+from steepest.optim.pieces import full
+from steepest.optim.plan import Plan
+from steepest.optim.roles import check_split
+from steepest.optim.rule import Extra, Rule
+from steepest.optim.turns import Turn, Values, combine, to_device
 
 COMPILE_ELEMENTS = 4_000_000
 """With compile="auto", parameters below this many elements run eagerly: a step takes less time
 than compiling could win back in a short run."""
 
-RESERVED = frozenset({"params", "param_names", "rule", "role", "initial_lr"})
+RESERVED = frozenset(
+    {"params", "param_names", "rule", "role", "initial_lr", "shared", "split", "transposed", "bank"}
+)
+
+OWN_ATTRIBUTES = (
+    "rules",
+    "runs",
+    "compile",
+    "seed",
+    "nonfinite",
+    "skipped_steps",
+    "_observed",
+    "_held",
+)
+"""What a copy or a pickle keeps beside what torch's own optimizers have."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -34,6 +51,10 @@ class Optimizer(torch.optim.Optimizer):
     with an lr per run set `param_groups[i]["lr"]` yourself.
 
     `compile`: True, False, or "auto" (compile where there are enough parameters and a compiler).
+    `seed`: of the random numbers that some rules use. `nonfinite`: what a step does with gradients
+    that are not finite. "propagate" lets them reach the parameters, where the loss shows them, and
+    never waits for a GPU; "skip" leaves everything as it was and counts in `skipped_steps`; "raise"
+    raises FloatingPointError.
 
     Raises UserError (a ValueError) for an unknown hyperparameter or rule.
     """
@@ -45,13 +66,22 @@ class Optimizer(torch.optim.Optimizer):
         *,
         runs: int | None = None,
         compile: bool | Literal["auto"] = "auto",
+        seed: int = 0,
+        nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
     ) -> None:
         self.rules = dict(rules)
         self.runs = runs
         self.compile = compile
+        self.seed = seed
+        self.nonfinite = nonfinite
+        self.skipped_steps = 0
+        self._observed: set[Extra] = set()
+        self._held: dict[Tensor, Tensor] = {}
         self._made: list[Plan] | None = None
         if compile not in (True, False, "auto"):
             raise UserError(f"compile is {compile!r}; it must be True, False or 'auto'.")
+        if nonfinite not in ("propagate", "skip", "raise"):
+            raise UserError(f"nonfinite is {nonfinite!r}; it must be propagate, skip or raise.")
         super().__init__(groups, {})
         common = set.intersection(*(set(rule.hyperparameters()) for rule in self.rules.values()))
         first = next(iter(self.rules.values())).hyperparameters()
@@ -69,6 +99,7 @@ class Optimizer(torch.optim.Optimizer):
         for key, value in defaults.items():
             given = param_group.get(key, value)
             param_group[key] = hyperparameters.normal(name, key, given, value, self.runs)
+        check_split(param_group.get("split"))
         super().add_param_group(param_group)
         try:
             self._check_shapes(self.param_groups[-1])
@@ -79,8 +110,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_shapes(self, group: dict[str, Any]) -> None:
         rule = self.rules[group["rule"]]
-        while isinstance(rule, Wrapper):
-            rule = rule.inner
         for p in group["params"]:
             shape = tuple(p.shape)
             if self.runs is not None and (not shape or shape[0] != self.runs):
@@ -100,103 +129,183 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; return the closure's loss if given one."""
+        """Update every parameter that has a gradient; return the closure's loss if given one.
+
+        A closure is called once more, before, where a rule wants the gradient at the previous
+        weights. Raises UserError in evaluation mode, and where an extra gradient is missing.
+        """
+        self._training("step")
         loss = None
         if closure is not None:
+            if "previous_weights" in self.wants():
+                with self.previous_weights(), torch.enable_grad():
+                    closure()
+                self.observe()
             with torch.enable_grad():
                 loss = closure()
-        for group, plan in zip(self.param_groups, self._plans(), strict=True):
-            self._step_group(group, plan)
+        if self._nonfinite():
+            return loss
+        self._check_observed()
+        turns = [turn for plan in self._plans() for turn in plan.due(self.state)]
+        for name in dict.fromkeys(turn.plan.name for turn in turns if turn.plan.rule.shared()):
+            mine = [turn for turn in turns if turn.plan.name == name]
+            self._shared(mine[0].plan).update(combine(mine, Values(self._shared)))
+        values = Values(self._shared)
+        for turn in turns:
+            _run(turn, values.of(turn))
+        self._observed.clear()
         return loss
 
-    def _step_group(self, group: dict[str, Any], plan: Plan) -> None:
-        values = stepping.values_of(plan.rule, group)
-        packed: dict[int, Tensor] = {}
-        for bucket in plan.buckets:
-            for step, indices in self._due(bucket).items():
-                if step not in packed:
-                    now = stepping.with_scalars(plan.rule, values, step, self.runs)
-                    packed[step] = plan.layout.pack(now, self.runs)
-                vector = _sent(packed[step], bucket.params[0].device)
-                if len(indices) == len(bucket.params):
-                    self._run(plan, bucket, step, vector, compile=plan.compiled)
-                else:
-                    with buckets.subset(bucket, indices) as part:
-                        self._run(plan, part, step, vector, compile=False)
+    def _shared(self, plan: Plan) -> dict[str, Tensor]:
+        """Return the shared values of a plan's rule.
 
-    def _due(self, bucket: buckets.Bucket) -> dict[int, list[int]]:
-        """Return the parameters that have a gradient, by the number of the step they now take."""
-        due: dict[int, list[int]] = {}
-        for index, p in enumerate(bucket.params):
-            if p.grad is not None:
-                if p.grad.layout is not torch.strided:
-                    raise UserError(
-                        f"A parameter of shape {tuple(p.shape)} has a sparse gradient; steepest "
-                        "steps dense ones (nn.Embedding(sparse=False))."
-                    )
-                state = self.state[p]
-                state["step"] += 1
-                due.setdefault(state["step"], []).append(index)
-        return due
+        They live in the first parameter group of the rule, so that a state_dict has them.
+        """
+        initial = plan.rule.shared()
+        if not initial:
+            return {}
+        group = next(g for g in self.param_groups if g["rule"] == plan.name)
+        shape = () if self.runs is None else (self.runs,)
+        if "shared" not in group:
+            group["shared"] = {
+                name: torch.full(shape, value, dtype=torch.float64)
+                for name, value in initial.items()
+            }
+        held: dict[str, Tensor] = group["shared"]
+        return held
 
-    def _run(
-        self, plan: Plan, bucket: buckets.Bucket, step: int, values: Tensor, *, compile: bool
-    ) -> None:
-        rule = plan.rule
-        starting = step == 1 and rule.starts()
-        kernel = stepping.kernel(
-            plan.shared_rule,
-            plan.layout,
-            self.runs,
-            bucket,
-            phase="start" if starting else "update",
-            compile=compile and not starting,
-        )
-        inputs = bucket.gather(rule)
-        kernel(inputs, values)
-        if rule.refreshes(step):
-            refresh = stepping.kernel(
-                plan.shared_rule, plan.layout, self.runs, bucket, phase="refresh"
+    def wants(self) -> set[Extra]:
+        """Return the extra gradients that `observe` must be given before the next step.
+
+        "sampled_labels": of the loss on labels sampled from the model's own predictions, over all
+        of the batch. "previous_weights": of the loss on the coming batch at the weights before the
+        last step, which `previous_weights()` puts in place.
+        """
+        found = {extra for plan in self._plans() for extra in plan.wants(self.state)}
+        return found - self._observed
+
+    @torch.no_grad()
+    def observe(self, batch_tokens: int = 1) -> None:
+        """Take the gradients that are there as the extra ones that `wants` names, and clear them.
+
+        `batch_tokens` is the number of tokens that their loss is the mean of.
+        """
+        wanted = self.wants()
+        for plan in self._plans():
+            for turn in plan.due_to_observe(wanted, self.state):
+                values = {**turn.values(), "batch_tokens": float(batch_tokens)}
+                layout = Layout.of(values)
+                vector = to_device(layout.pack(values, self.runs), turn.device)
+                turn.run("observe", vector, layout)
+                turn.keep_state()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        self._observed |= wanted
+
+    def _check_observed(self) -> None:
+        if missing := self.wants():
+            raise UserError(
+                f"This step needs the extra gradient {sorted(missing)[0]!r}: compute it and call "
+                "optimizer.observe() before the batch's own gradient (see Optimizer.wants)."
             )
-            refresh(inputs, values)
-        bucket.scatter(inputs)
+
+    @contextmanager
+    def previous_weights(self) -> Iterator[None]:
+        """Put the weights before the last step in place while the context lasts."""
+        held = [
+            (p, own["previous_param"], p.detach().clone())
+            for p, own in self.state.items()
+            if "previous_param" in own and own["step"] > 0
+        ]
+        with torch.no_grad():
+            for p, before, _ in held:
+                p.copy_(before)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, _, now in held:
+                    p.copy_(now)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the evaluation weights in place, of rules that have others than the training weights.
+
+        `train` brings the training weights back to the bit. For other rules both do nothing.
+        """
+        if self._held:
+            return
+        values = Values(self._shared)
+        for plan in self._plans():
+            for turn in plan.stepped(self.state) if plan.rule.averages else []:
+                for piece in turn.part.pieces:
+                    self._held[piece.param] = piece.param.detach().clone()
+                turn.inputs = turn.part.gather(grads=False)
+                turn.run("average", values.of(turn))
+                turn.part.scatter(turn.inputs)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Bring back the training weights after `eval`."""
+        for p, value in self._held.items():
+            p.copy_(value)
+        self._held = {}
+
+    def _training(self, what: str) -> None:
+        if self._held:
+            raise UserError(
+                f"The optimizer is in evaluation mode, with averaged weights in place; call "
+                f"optimizer.train() before {what}."
+            )
+
+    def _nonfinite(self) -> bool:
+        """Say whether the step is to be skipped because a gradient is not finite."""
+        if self.nonfinite == "propagate":
+            return False
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        largest = full(torch.nn.utils.get_total_norm(grads, torch.inf))
+        if bool(largest.isfinite()):
+            return False
+        if self.nonfinite == "raise":
+            raise FloatingPointError("A gradient is not finite; no parameter was stepped.")
+        self.skipped_steps += 1
+        return True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, but for rules whose state is what is left in them."""
+        kept = {
+            p: p.grad
+            for group in self.param_groups
+            if self.rules[group["rule"]].keeps_gradient
+            for p in group["params"]
+        }
+        for p in kept:
+            p.grad = None
+        super().zero_grad(set_to_none)
+        for p, grad in kept.items():
+            p.grad = grad
 
     def _plans(self) -> list[Plan]:
         """Return how each group is stepped, made anew where a static hyperparameter changed."""
         if self._made is None:
             self._made = [self._plan(group) for group in self.param_groups]
         for index, (group, plan) in enumerate(zip(self.param_groups, self._made, strict=True)):
-            if not plan.fits(group, self.runs):
+            if not plan.fits(group):
                 self._made[index] = self._plan(group)
         return self._made
 
     def _plan(self, group: dict[str, Any]) -> Plan:
-        base = self.rules[group["rule"]]
-        rule = base.replace(**{name: group[name] for name in base.hyperparameters()})
-        values = stepping.values_of(rule, group)
-        layout = Layout.of(stepping.with_scalars(rule, values, 1, self.runs))
-        made = buckets.new_buckets(rule, group["params"], self.runs)
-        for bucket in made:
-            for index, p in enumerate(bucket.params):
-                self._adopt(group["rule"], p, bucket.views(index))
-        live = {k: v for k, v in base.hyperparameters().items() if k in values and is_live(v)}
-        return Plan(rule, rule.replace(**live), layout, made, self._compiles())
-
-    def _adopt(self, rule: str, param: Tensor, views: State) -> None:
-        """Make the bucket's state the parameter's, with the values of what was there before."""
-        known: dict[str, Any] = self.state.get(param, {})
-        held = {name: value for name, value in known.items() if name != "step"}
-        if known and {k: v.shape for k, v in held.items()} != {
-            k: v.shape for k, v in views.items()
-        }:
-            raise UserError(
-                f"The state of a parameter of shape {tuple(param.shape)} holds "
-                f"{_describe(held)}, but {rule} keeps {_describe(views)}: it was saved with "
-                "another optimizer, other hyperparameters, or another model."
-            )
-        for name, value in held.items():
-            views[name].copy_(value)
-        self.state[param] = {"step": known.get("step", 0), **views}
+        params = [p for g in self.param_groups for p in g["params"]]
+        keys = {p: random.new_key(self.seed, index) for index, p in enumerate(params)}
+        return Plan.of(
+            group,
+            self.rules[group["rule"]],
+            self.state,
+            runs=self.runs,
+            compiled=self._compiles(),
+            keys=keys,
+        )
 
     def _compiles(self) -> bool:
         if self.compile == "auto":
@@ -236,62 +345,36 @@ class Optimizer(torch.optim.Optimizer):
         self._plans()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"rules": self.rules, "runs": self.runs, "compile": self.compile}
-        return {**super().__getstate__(), **own}
+        kept = (
+            "rules",
+            "runs",
+            "compile",
+            "seed",
+            "nonfinite",
+            "skipped_steps",
+            "_observed",
+            "_held",
+        )
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state. Raises UserError in evaluation mode (see `eval`)."""
+        self._training("state_dict")
+        return super().state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._made = None
         super().__setstate__(state)
 
 
-@dataclass
-class Plan:
-    """How one parameter group is stepped."""
-
-    rule: Rule
-    shared_rule: Rule
-    """The rule with the live values it was made with, so that groups which differ in those alone
-    share kernels; the values of the group reach it through `h`."""
-    layout: Layout
-    buckets: list[buckets.Bucket]
-    compiled: bool
-
-    def fits(self, group: dict[str, Any], runs: int | None) -> bool:
-        """Say whether the group is stepped as planned, after bringing its values to normal form.
-
-        Raises UserError for a wrong value, and where a change would need state that is not there.
-        """
-        planned = self.rule.hyperparameters()
-        flipped = {}
-        for name, value in planned.items():
-            now = group[name]
-            if type(now) is not float or type(value) is not float or not math.isfinite(now):
-                group[name] = now = hyperparameters.normal(group["rule"], name, now, value, runs)
-            if is_zero(now) != is_zero(value):
-                flipped[name] = now
-        if flipped and self._state_names(self.rule) != self._state_names(
-            self.rule.replace(**flipped)
-        ):
-            name, now = next(iter(flipped.items()))
-            raise UserError(
-                f"{name} of a parameter group went from {planned[name]} to {now}, but it decides "
-                "what state is kept; make a new optimizer."
-            )
-        return all(
-            is_live(group[name]) if is_live(value) else group[name] == value
-            for name, value in planned.items()
-        )
-
-    def _state_names(self, rule: Rule) -> set[str]:
-        shape = self.buckets[0].params[0].shape if self.buckets else (1, 1)
-        return set(rule.init(torch.empty(shape, device="meta")))
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    # Apple GPUs have no float64: there 1 - beta keeps fewer digits.
-    dtype = torch.float32 if device.type == "mps" else values.dtype
-    return values.to(device, dtype, non_blocking=True)
-
-
-def _describe(state: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{k} {tuple(v.shape)}" for k, v in state.items()) or "nothing"
+def _run(turn: Turn, values: Tensor) -> None:
+    rule = turn.plan.rule
+    if turn.starting:
+        turn.run("start", values)
+    else:
+        if rule.prepares(turn.step):
+            turn.run("prepare", values)
+        turn.run("update", values)
+    if rule.refreshes(turn.step):
+        turn.run("refresh", values)
+    turn.finish()

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from torch import nn
 
+from steepest.errors import UserError, unknown
+
 HEAD_NAMES = frozenset({"lm_head", "head", "output", "unembed", "unembedding", "embed_out"})
+FUSED_NAMES = frozenset({"c_attn", "qkv", "qkv_proj", "wqkv", "to_qkv"})
+"""Layers that hold query, key and value one after the other."""
+INTERLEAVED_NAMES = frozenset({"query_key_value"})
+"""Layers that mix them in an order that differs between models."""
+QUERY_KEY_NAMES = frozenset({"q_proj", "k_proj", "wq", "wk", "query", "key", "to_q", "to_k"})
 
 
 class Role(StrEnum):
@@ -25,13 +36,25 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class NamedRole:
-    """One parameter's role and why it has it."""
+    """One parameter's role, why it has it, and how its values lie in the tensor."""
 
     role: Role
-    reason: str
+    reason: str = "given"
+    split: tuple[int, ...] | None = None
+    """Rows of the blocks of a fused matrix (query, key, value), None for a matrix of its own."""
+    transposed: bool = False
+    """Stored [in, out] instead of [out, in]."""
+    bank: bool = False
+    """A stack of matrices, [count, out, in], as of experts."""
+    heads: int | None = None
+    """Number of attention heads in the rows of a query or key matrix."""
+    doubt: str = ""
+    """A sentence on what could be otherwise, empty if nothing is."""
 
 
-def roles(model: nn.Module) -> dict[str, NamedRole]:
+def roles(
+    model: nn.Module, override: Mapping[str, Role | str | NamedRole] | None = None
+) -> dict[str, NamedRole]:
     """Return the role of every parameter that requires a gradient, by name, with the reason.
 
     The type of the module that owns a parameter decides: `nn.Embedding` is an embedding; anything
@@ -39,13 +62,22 @@ def roles(model: nn.Module) -> dict[str, NamedRole]:
     `model.get_output_embeddings()` returns, or, where the model does not say, of one called like an
     output layer (`lm_head`, `head`, `output`, ...) that is not part of a numbered layer; every
     other matrix is hidden. A parameter shared by an embedding and a head counts once, as an
-    embedding.
+    embedding. Fused query-key-value matrices, matrices stored [in, out] and stacks of experts are
+    recognised; where something is unclear, `doubt` says what.
+
+    `override` gives the roles of parameters by name or pattern (`{"*.router.weight": "vector"}`).
+    Raises UserError for a pattern that matches no parameter, or an unknown role.
     """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
     found: dict[int, tuple[str, NamedRole]] = {}
-    for path, module in model.named_modules():
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    output = _output(model)
+    for path, module, parent in _modules(model):
         for name, parameter in module.named_parameters(recurse=False):
-            role = _role(path, module, parameter.ndim, output)
+            role = _role(_Place(path, name, module, parent, parameter), output)
+            if role.role is Role.HIDDEN and parameter.ndim == 2 and parameter.shape[0] in tables:
+                role = dataclasses.replace(
+                    role, doubt="it has as many rows as an embedding, like an output layer"
+                )
             known = found.get(id(parameter))
             if known is None:
                 found[id(parameter)] = (f"{path}.{name}" if path else name, role)
@@ -53,18 +85,152 @@ def roles(model: nn.Module) -> dict[str, NamedRole]:
                 tied = NamedRole(Role.EMBEDDING, f"shared by {known[0]} and {path}")
                 found[id(parameter)] = (known[0], tied)
     wanted = {id(p) for p in model.parameters() if p.requires_grad}
-    return {name: role for key, (name, role) in found.items() if key in wanted}
+    named = {name: role for key, (name, role) in found.items() if key in wanted}
+    return _overridden(named, override or {})
 
 
-def _role(path: str, module: nn.Module, ndim: int, output: nn.Module | None) -> NamedRole:
-    kind = type(module).__name__
-    if ndim < 2:
-        return NamedRole(Role.VECTOR, f"{ndim} dimensions")
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return NamedRole(Role.EMBEDDING, f"weight of a {kind}")
-    if module is output:
+def _overridden(
+    named: dict[str, NamedRole], override: Mapping[str, Role | str | NamedRole]
+) -> dict[str, NamedRole]:
+    for pattern, given in override.items():
+        matching = fnmatch.filter(named, pattern)
+        if not matching:
+            raise unknown("parameter in roles", pattern, named)
+        for name in matching:
+            if isinstance(given, NamedRole):
+                named[name] = given
+            else:
+                named[name] = dataclasses.replace(
+                    named[name], role=as_role(given), reason="given", doubt=""
+                )
+    return named
+
+
+def as_role(name: Role | str) -> Role:
+    """Return a role by name. Raises UserError with the nearest one for an unknown name."""
+    try:
+        return Role(name)
+    except ValueError:
+        raise unknown("role", str(name), [role.value for role in Role]) from None
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Yield every module with its path and the module that holds it."""
+    seen = dict(model.named_modules())
+    for path, module in seen.items():
+        yield path, module, seen.get(path.rpartition(".")[0]) if path else None
+
+
+def _output(model: nn.Module) -> nn.Module | None:
+    """Return the module that the model, or one it wraps, calls its output layer."""
+    for module in model.modules():
+        ask = getattr(module, "get_output_embeddings", None)
+        if callable(ask) and isinstance(found := ask(), nn.Module):
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is."""
+
+    path: str
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    parameter: nn.Parameter
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def leaf(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+def _role(place: _Place, output: nn.Module | None) -> NamedRole:
+    if place.parameter.ndim < 2:
+        return NamedRole(Role.VECTOR, f"{place.parameter.ndim} dimensions")
+    if isinstance(place.module, (nn.Embedding, nn.EmbeddingBag)):
+        return NamedRole(Role.EMBEDDING, f"weight of a {place.kind}")
+    if place.module is output:
         return NamedRole(Role.HEAD, "the model's output embeddings")
-    parts = path.split(".")
-    if output is None and parts[-1] in HEAD_NAMES and not any(map(str.isdigit, parts)):
-        return NamedRole(Role.HEAD, f"{kind} named {path!r}")
-    return NamedRole(Role.HIDDEN, f"matrix of a {kind}")
+    numbered = any(map(str.isdigit, place.path.split(".")))
+    if output is None and place.leaf in HEAD_NAMES and not numbered:
+        return NamedRole(Role.HEAD, f"{place.kind} named {place.path!r}")
+    return _hidden(place)
+
+
+def _hidden(place: _Place) -> NamedRole:
+    """Return the role of a matrix between layers, and how it lies in its tensor."""
+    p, module = place.parameter, place.module
+    hidden = NamedRole(Role.HIDDEN, f"matrix of a {place.kind}")
+    sound = f"{place.kind} {place.name}".lower()
+    if "emb" in sound or "pos" in place.name.lower():
+        return dataclasses.replace(hidden, doubt="its name sounds like an embedding's")
+    if p.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+        return NamedRole(Role.HIDDEN, f"{p.shape[0]} matrices of a {place.kind}", bank=True)
+    if place.kind == "Conv1D" and hasattr(module, "nf"):
+        hidden = dataclasses.replace(hidden, transposed=True)
+    rows, columns = (p.shape[1], p.shape[0]) if hidden.transposed else p.shape[:2]
+    if isinstance(module, nn.MultiheadAttention) and place.name == "in_proj_weight":
+        hidden = _fused(hidden, (rows // 3,) * 3, module.num_heads)
+    elif place.leaf.lower() in FUSED_NAMES:
+        hidden = _named_fused(hidden, place.path, rows, columns, place.parent)
+    elif place.leaf in INTERLEAVED_NAMES:
+        doubt = "how it mixes query, key and value is unknown, so it stays one matrix"
+        hidden = dataclasses.replace(hidden, doubt=doubt)
+    elif place.leaf in QUERY_KEY_NAMES:
+        hidden = dataclasses.replace(hidden, heads=_heads(place.leaf, rows, place.parent))
+    return hidden
+
+
+def _named_fused(
+    hidden: NamedRole, path: str, rows: int, columns: int, parent: nn.Module | None
+) -> NamedRole:
+    size = _attribute(parent, "head_dim", "head_size")
+    heads = _attribute(parent, "num_heads", "num_attention_heads", "n_head", "heads")
+    if rows == 3 * columns:
+        return _fused(hidden, (columns,) * 3, heads)
+    if heads and size and (rows - heads * size) % 2 == 0 and rows > heads * size:
+        rest = (rows - heads * size) // 2
+        return _fused(hidden, (heads * size, rest, rest), heads)
+    return dataclasses.replace(
+        hidden,
+        doubt=f"{path} sounds like query, key and value in one, but their sizes are unknown, so it "
+        "stays one matrix",
+    )
+
+
+def _fused(hidden: NamedRole, split: tuple[int, ...], heads: int | None) -> NamedRole:
+    reason = f"{hidden.reason}: query, key and value, {', '.join(map(str, split))} rows"
+    return dataclasses.replace(hidden, split=split, heads=heads, reason=reason)
+
+
+def _heads(leaf: str, rows: int, parent: nn.Module | None) -> int | None:
+    """Return the number of heads in the rows of a query or key matrix, if the module tells."""
+    if (size := _attribute(parent, "head_dim", "head_size", "attention_head_size")) is not None:
+        return rows // size if rows % size == 0 else None
+    key = "k" in leaf
+    names = ("num_key_value_heads", "num_kv_heads") if key else ()
+    return _attribute(parent, *names, "num_heads", "num_attention_heads", "n_head", "heads")
+
+
+def _attribute(module: nn.Module | None, *names: str) -> int | None:
+    sources: list[Any] = [module, getattr(module, "config", None)]
+    for source in sources:
+        for name in names:
+            if isinstance(value := getattr(source, name, None), int) and value > 0:
+                return value
+    return None
+
+
+def check_split(split: object) -> None:
+    """Raise UserError unless `split` is None or a sequence of positive whole numbers."""
+    if split is None:
+        return
+    if not isinstance(split, (tuple, list)) or not all(type(n) is int and n > 0 for n in split):
+        raise UserError(
+            f"split is {split!r}; it must be the rows of each block, such as (8, 8, 8)."
+        )

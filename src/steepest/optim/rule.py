@@ -5,32 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from steepest.optim.live import Hyper
+
 State = dict[str, Tensor]
 """What a rule remembers of one parameter, by name."""
 
-Value = float | tuple[float, ...] | Tensor
-"""A live hyperparameter: a number, a tuple of numbers, or one number per run (1-D float64)."""
+Extra = Literal["sampled_labels", "previous_weights"]
+"""A gradient beside the batch's own: of the loss on labels sampled from the model's predictions, or
+of the same batch at the weights before the last step."""
 
 
-class Hyper:
-    """The values that may change from step to step or differ between runs, as 0-d tensors.
-
-    Every float hyperparameter of the rule is an attribute under its own name (`h.lr`, `h.betas`),
-    beside what `Rule.scalars` returns. They are float64, so that `1 - h.betas[1]` keeps its digits;
-    multiplying a float32 tensor by one gives float32.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor | tuple[Tensor, ...]]) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"The rule has no hyperparameter or scalar named {name!r}.")
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that rules see: at least float32, so that small updates are not lost."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def ema(average: Tensor, value: Tensor, beta: Tensor | float) -> Tensor:
@@ -66,6 +58,20 @@ class Rule:
     least_ndim: ClassVar[int] = 0
     """Fewest dimensions that the rule can step."""
 
+    splits: ClassVar[bool] = False
+    """Fused matrices (query, key and value in one) are stepped block by block."""
+
+    draws: ClassVar[bool] = False
+    """The rule uses random numbers: its state holds "key" and `h` the `step`, from which
+    `steepest.optim.random.fold(state["key"], h.step)` makes the key of a step."""
+
+    averages: ClassVar[bool] = False
+    """Evaluation uses other weights than training: those that `average` returns."""
+
+    keeps_gradient: ClassVar[bool] = False
+    """The gradient's buffer is the state: `update` returns what stays in it as "grad", to which new
+    gradients are added, and `zero_grad` leaves it alone."""
+
     def init(self, param: Tensor) -> State:
         """Return the state of a parameter that has not been stepped."""
         raise NotImplementedError
@@ -73,9 +79,21 @@ class Rule:
     def scalars(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
         """Return what depends on the step count (from 1), computed on the host in float64.
 
-        `values` holds the live hyperparameters as Python floats. Bias corrections and
-        step-dependent averages belong here; they reach `update` as attributes of `h`.
+        `values` holds the live hyperparameters and the memory as Python floats. Bias corrections
+        and step-dependent averages belong here; they reach `update` as attributes of `h`.
         """
+        return {}
+
+    def memory(self) -> dict[str, float]:
+        """Return the numbers that a parameter's history of steps adds up to, before any step.
+
+        For what depends on past values of the hyperparameters, such as the sum of past learning
+        rates: they are kept on the host beside the step count.
+        """
+        return {}
+
+    def remember(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
+        """Return the memory that this step (from 1) sees; `values` holds the memory before it."""
         return {}
 
     def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
@@ -90,12 +108,33 @@ class Rule:
         moved: Tensor = param - h.lr * (direction + h.weight_decay * param)
         return moved
 
+    def move(
+        self, param: Tensor, direction: Tensor, state: State, h: Hyper
+    ) -> tuple[Tensor, State]:
+        """Return the new parameter and the state entries that changed by moving it.
+
+        Unlike elsewhere `param` has its own dtype. Override where storing the parameter is part
+        of the method (rounding, slow weights); `state` is the one after `update`.
+        """
+        return self.apply(param.to(compute_dtype(param.dtype)), direction, h), {}
+
     def starts(self) -> bool:
         """Say whether the first step of a parameter calls `start` instead of `update`."""
         return False
 
     def start(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
         """Return the state entries after a first step that sets state up and moves no weight."""
+        raise NotImplementedError
+
+    def prepares(self, step: int) -> bool:
+        """Say whether `prepare` is due before this step (from 1) of a parameter."""
+        return False
+
+    def prepare(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
+        """Return the state entries renewed before `update`, with the gradient it will see.
+
+        Like `refresh` it runs eagerly.
+        """
         raise NotImplementedError
 
     def refreshes(self, step: int) -> bool:
@@ -107,6 +146,40 @@ class Rule:
 
         Runs eagerly after `update`, so it may use decompositions that do not compile.
         """
+        raise NotImplementedError
+
+    def shared(self) -> dict[str, float]:
+        """Return the values that all parameters of the optimizer share, before any step.
+
+        They reach `update` as attributes of `h`, renewed by `combine` before every step.
+        """
+        return {}
+
+    def measure(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> dict[str, Tensor]:
+        """Return 0-d partial sums, which are added up over all parameters before the step."""
+        raise NotImplementedError
+
+    def combine(self, sums: Mapping[str, Tensor], h: Hyper) -> dict[str, Tensor]:
+        """Return the new shared values, 0-d, from the sums; `h` holds the old ones."""
+        raise NotImplementedError
+
+    def wants(self, step: int) -> Extra | None:
+        """Return the extra gradient that `observe` must be given before this step (from 1).
+
+        A rule that wants "previous_weights" keeps the weights before its last step in the state as
+        "previous_param".
+        """
+        return None
+
+    def observe(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
+        """Return the state entries renewed by the extra gradient.
+
+        `h.batch_tokens` is the number of tokens that its loss is the mean of.
+        """
+        raise NotImplementedError
+
+    def average(self, param: Tensor, state: State, h: Hyper) -> Tensor:
+        """Return the weights to evaluate with, from the training weights."""
         raise NotImplementedError
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -122,40 +195,109 @@ class Rule:
 class Wrapper(Rule):
     """A rule around another: it sees the inner rule's direction before lr and decay.
 
-    Its hyperparameters and state are its own plus those of the inner rule, in one namespace.
+    Its hyperparameters and state are its own plus those of the inner rule, in one namespace. It
+    is what the inner rule is, and its own class variables add to that, but it is elementwise only
+    if both are. What it does not override, it does as the inner rule.
     """
 
     lr: float = dataclasses.field(init=False, repr=False, default=0.0)
     weight_decay: float = dataclasses.field(init=False, repr=False, default=0.0)
     inner: Rule = dataclasses.field(kw_only=True)
 
+    reads_param: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Take over what the inner rule is."""
+        own, inner = type(self), self.inner
+        traits = {
+            "elementwise": own.elementwise and inner.elementwise,
+            "reads_param": own.reads_param or inner.reads_param,
+            "draws": own.draws or inner.draws,
+            "averages": own.averages or inner.averages,
+            "splits": own.splits or inner.splits,
+            "keeps_gradient": own.keeps_gradient or inner.keeps_gradient,
+            "least_ndim": max(own.least_ndim, inner.least_ndim),
+        }
+        for name, value in traits.items():
+            object.__setattr__(self, name, value)
+
     def init(self, param: Tensor) -> State:
-        """Return the inner rule's state."""
+        """Do as the inner rule."""
         return self.inner.init(param)
 
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        """Do as the inner rule."""
+        return self.inner.update(grad, param, state, h)
+
     def scalars(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
-        """Return the inner rule's scalars."""
+        """Do as the inner rule."""
         return self.inner.scalars(step, values)
 
     def apply(self, param: Tensor, direction: Tensor, h: Hyper) -> Tensor:
-        """Step as the inner rule does."""
+        """Do as the inner rule."""
         return self.inner.apply(param, direction, h)
 
+    def move(
+        self, param: Tensor, direction: Tensor, state: State, h: Hyper
+    ) -> tuple[Tensor, State]:
+        """Do as the inner rule."""
+        return self.inner.move(param, direction, state, h)
+
     def starts(self) -> bool:
-        """Start as the inner rule does."""
+        """Do as the inner rule."""
         return self.inner.starts()
 
     def start(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
-        """Start as the inner rule does."""
+        """Do as the inner rule."""
         return self.inner.start(grad, param, state, h)
 
+    def prepares(self, step: int) -> bool:
+        """Do as the inner rule."""
+        return self.inner.prepares(step)
+
+    def prepare(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
+        """Do as the inner rule."""
+        return self.inner.prepare(grad, param, state, h)
+
     def refreshes(self, step: int) -> bool:
-        """Refresh when the inner rule does."""
+        """Do as the inner rule."""
         return self.inner.refreshes(step)
 
     def refresh(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
-        """Refresh what the inner rule refreshes."""
+        """Do as the inner rule."""
         return self.inner.refresh(grad, param, state, h)
+
+    def shared(self) -> dict[str, float]:
+        """Do as the inner rule."""
+        return self.inner.shared()
+
+    def measure(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> dict[str, Tensor]:
+        """Do as the inner rule."""
+        return self.inner.measure(grad, param, state, h)
+
+    def combine(self, sums: Mapping[str, Tensor], h: Hyper) -> dict[str, Tensor]:
+        """Do as the inner rule."""
+        return self.inner.combine(sums, h)
+
+    def memory(self) -> dict[str, float]:
+        """Do as the inner rule."""
+        return self.inner.memory()
+
+    def remember(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
+        """Do as the inner rule."""
+        return self.inner.remember(step, values)
+
+    def wants(self, step: int) -> Extra | None:
+        """Do as the inner rule."""
+        return self.inner.wants(step)
+
+    def observe(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
+        """Do as the inner rule."""
+        return self.inner.observe(grad, param, state, h)
+
+    def average(self, param: Tensor, state: State, h: Hyper) -> Tensor:
+        """Do as the inner rule."""
+        return self.inner.average(param, state, h)
 
     def _own(self) -> list[str]:
         return [
@@ -172,47 +314,3 @@ class Wrapper(Rule):
         """Return the wrapper with its own and its inner rule's hyperparameters changed."""
         own = {name: values.pop(name) for name in self._own() if name in values}
         return dataclasses.replace(self, inner=self.inner.replace(**values), **own)
-
-
-def is_live(value: object) -> bool:
-    """Say whether a hyperparameter value reaches `update` through `h` rather than `self`."""
-    if isinstance(value, tuple):
-        return bool(value) and all(isinstance(v, (float, Tensor)) for v in value)
-    return isinstance(value, (float, Tensor))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each live value sits in the one float64 vector that a step sends to the device."""
-
-    entries: tuple[tuple[str, int], ...]
-    """Names with the length of a tuple value, or -1 for a single number."""
-
-    @classmethod
-    def of(cls, values: Mapping[str, Value]) -> Layout:
-        """Return the layout of these values."""
-        return cls(tuple((k, len(v) if isinstance(v, tuple) else -1) for k, v in values.items()))
-
-    def pack(self, values: Mapping[str, Value], runs: int | None) -> Tensor:
-        """Return the values as float64 `[n]`, or `[n, runs]` when there are runs."""
-        flat: list[float | Tensor] = []
-        for name, length in self.entries:
-            value = values[name]
-            flat.extend(value if length >= 0 and isinstance(value, tuple) else [value])  # type: ignore[list-item]
-        if runs is None:
-            return torch.tensor(flat, dtype=torch.float64)
-        return torch.stack([torch.as_tensor(v, dtype=torch.float64).expand(runs) for v in flat])
-
-    def unpack(self, vector: Tensor) -> Hyper:
-        """Return the values of a vector `[n]` as 0-d tensors."""
-        scalars = vector.unbind(0)
-        values: dict[str, Tensor | tuple[Tensor, ...]] = {}
-        at = 0
-        for name, length in self.entries:
-            if length < 0:
-                values[name] = scalars[at]
-                at += 1
-            else:
-                values[name] = scalars[at : at + length]
-                at += length
-        return Hyper(values)

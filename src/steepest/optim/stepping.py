@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._dynamo import exc as dynamo
 
 from steepest import compiler
-from steepest.optim.buckets import Bucket, Inputs, compute_dtype
-from steepest.optim.rule import Layout, Rule, State, is_live
+from steepest.optim.buckets import Bucket, Inputs, Joined, Separate
+from steepest.optim.live import Hyper, Layout, is_live
+from steepest.optim.rule import Rule, State, compute_dtype
 
 BLOCK = 1 << 18
 """Elements that an elementwise rule steps at a time when run eagerly on a CPU, so that the
@@ -23,14 +24,20 @@ temporaries of its dozen operations stay in the cache."""
 
 COMPILE_ERRORS = (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit)
 
-Phase = Literal["update", "start", "refresh"]
+Phase = Literal["update", "start", "prepare", "refresh", "observe", "measure", "average"]
 
 DIRECTION = "direction"
 """Key of the direction beside the new state, where a pure step returns both."""
 
+PARAM = "param"
+"""Key of the new parameter beside the state that moving it changed."""
 
-Kernel = Callable[[Inputs, Tensor], None]
-"""In place, from gathered inputs and packed live values: new states and new targets."""
+GRAD = "grad"
+"""Key of what stays in the gradient's buffer, for rules that keep it."""
+
+Kernel = Callable[[Inputs, Tensor], dict[str, Tensor] | None]
+"""In place, from gathered inputs and packed live values: new states and new targets. The phase
+"measure" changes nothing and returns sums over the bucket."""
 
 
 def values_of(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,23 +45,43 @@ def values_of(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: group[name] for name, v in rule.hyperparameters().items() if is_live(v)}
 
 
-def with_scalars(
-    rule: Rule, values: Mapping[str, Any], step: int, runs: int | None
+def remembered(
+    rule: Rule, values: Mapping[str, Any], step: int, memory: Mapping[str, Any], runs: int | None
 ) -> dict[str, Any]:
-    """Return the live values and the rule's scalars at this step, per run where there are runs."""
+    """Return the memory that this step sees: numbers, or tuples of one number per run."""
+    if not memory:
+        return {}
     if runs is None:
-        return {**values, **rule.scalars(step, values)}
-    each = [
-        rule.scalars(step, {name: _of_run(v, run) for name, v in values.items()})
-        for run in range(runs)
-    ]
+        return rule.remember(step, {**values, **memory})
+    each = [rule.remember(step, _of_run(values, memory, run)) for run in range(runs)]
+    return {name: tuple(one[name] for one in each) for name in memory}
+
+
+def with_scalars(
+    rule: Rule, values: Mapping[str, Any], step: int, memory: Mapping[str, Any], runs: int | None
+) -> dict[str, Any]:
+    """Return the live values, the memory and the rule's scalars at this step.
+
+    Where there are runs, memory and scalars are float64 tensors of one number per run.
+    """
+    own = {"step": float(step)} if rule.draws else {}
+    if runs is None:
+        seen = {**values, **memory}
+        return {**seen, **rule.scalars(step, seen), **own}
+    each = [rule.scalars(step, _of_run(values, memory, run)) for run in range(runs)]
     scalars = {name: torch.tensor([s[name] for s in each], dtype=torch.float64) for name in each[0]}
-    return {**values, **scalars}
+    kept = {name: torch.tensor(per_run, dtype=torch.float64) for name, per_run in memory.items()}
+    return {**values, **kept, **scalars, **own}
 
 
-def _of_run(value: Any, run: int) -> Any:
+def _of_run(values: Mapping[str, Any], memory: Mapping[str, Any], run: int) -> dict[str, Any]:
+    own = {name: _number(value, run) for name, value in values.items()}
+    return own | {name: per_run[run] for name, per_run in memory.items()}
+
+
+def _number(value: Any, run: int) -> Any:
     if isinstance(value, tuple):
-        return tuple(_of_run(v, run) for v in value)
+        return tuple(_number(v, run) for v in value)
     return float(value[run]) if isinstance(value, Tensor) else value
 
 
@@ -67,13 +94,11 @@ def kernel(
     phase: Phase = "update",
     compile: bool = False,
 ) -> Kernel:
-    """Return the in-place step of a bucket: the rule's `update`, `start` or `refresh`."""
-    p = bucket.params[0]
+    """Return the in-place step of a bucket, or another phase of it."""
     if not compile:
-        return _eager(rule, layout, runs, phase, blocks=runs is None and p.device.type == "cpu")
-    shapes = tuple((p.shape, p.stride()) for p in bucket.params)
-    signature = (type(bucket), p.dtype, p.device, shapes, tuple(bucket.states[0]))
-    return _compiled(rule, layout, runs, signature)
+        blocks = runs is None and isinstance(bucket, (Joined, Separate)) and bucket.on_cpu()
+        return _eager(rule, layout, runs, phase, blocks=blocks)
+    return _compiled(rule, layout, runs, phase, bucket.signature())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -81,40 +106,84 @@ def _eager(
     rule: Rule, layout: Layout, runs: int | None, phase: Phase, blocks: bool = False
 ) -> Kernel:
     def pure(grad: Tensor, param: Tensor, state: State, values: Tensor) -> State:
-        h = layout.unpack(values)
-        seen = param.to(compute_dtype(param.dtype))
-        grad = grad.to(seen.dtype)
-        if phase == "start":
-            return rule.start(grad, seen, state, h)
-        if phase == "refresh":
-            return rule.refresh(grad, seen, state, h)
-        direction, changed = rule.update(grad, seen, state, h)
-        return {**changed, DIRECTION: direction}
+        return _phase(rule, phase, (grad, param, state), layout.unpack(values))
 
-    def apply(param: Tensor, direction: Tensor, values: Tensor) -> Tensor:
-        wide = param.to(compute_dtype(param.dtype))
-        return rule.apply(wide, direction, layout.unpack(values))
+    def move(param: Tensor, direction: Tensor, state: State, values: Tensor) -> State:
+        new, changed = rule.move(param, direction, state, layout.unpack(values))
+        return {**changed, PARAM: new}
 
     one = pure if runs is None else torch.vmap(pure, in_dims=(0, 0, 0, 1))
-    moved = apply if runs is None else torch.vmap(apply, in_dims=(0, 0, 1))
+    moved = move if runs is None else torch.vmap(move, in_dims=(0, 0, 0, 1))
+
+    def put(param: Tensor, grad: Tensor, state: State, new: State, v: Tensor) -> None:
+        direction = new.pop(DIRECTION, None)
+        if GRAD in new:
+            grad.copy_(new.pop(GRAD))
+        _store(state, new)
+        if direction is not None:
+            new = moved(param, direction, state, v)
+        if PARAM in new:
+            param.copy_(new.pop(PARAM))
+            _store(state, new)
 
     def each(inputs: Inputs, v: Tensor) -> None:
         for grad, param, state in zip(*inputs[:3], strict=True):
             for g, p, s in _blocks(grad, param, state) if blocks else [(grad, param, state)]:
-                new = one(g, p, s, v)
-                if DIRECTION in new:
-                    p.copy_(moved(p, new.pop(DIRECTION), v))
-                _store(s, new)
+                put(p, g, s, one(g, p, s, v), v)
 
     def together(inputs: Inputs, v: Tensor) -> None:
         (grads,), (seen,), (state,), targets = inputs
         new = torch.vmap(one, in_dims=(0, 0, 0, None))(grads, seen, state, v)
-        if DIRECTION in new:
-            for param, direction in zip(targets, new.pop(DIRECTION).unbind(0), strict=True):
-                param.copy_(moved(param, direction, v))
+        if GRAD in new:
+            grads.copy_(new.pop(GRAD))
+        directions, params = new.pop(DIRECTION, None), new.pop(PARAM, None)
         _store(state, new)
+        for i, param in enumerate(targets):
+            own = {name: value[i] for name, value in state.items()}
+            if directions is not None:
+                changed = moved(param, directions[i], own, v)
+                param.copy_(changed.pop(PARAM))
+                _store(own, changed)
+            elif params is not None:
+                param.copy_(params[i])
 
+    def measure(inputs: Inputs, v: Tensor) -> dict[str, Tensor]:
+        parts = []
+        for grad, param, state in zip(*inputs[:3], strict=True):
+            if rule.elementwise:
+                cut = _blocks(grad, param, state) if blocks else [(grad, param, state)]
+                parts += [one(g, p, s, v) for g, p, s in cut]
+            else:
+                stacked = torch.vmap(one, in_dims=(0, 0, 0, None))(grad, param, state, v)
+                parts.append({name: value.sum(0) for name, value in stacked.items()})
+        return {name: sum(part[name] for part in parts) for name in parts[0]}  # type: ignore[misc]
+
+    if phase == "measure":
+        return measure
     return each if rule.elementwise else together
+
+
+def _phase(
+    rule: Rule, phase: Phase, seen: tuple[Tensor, Tensor, State], h: Hyper
+) -> dict[str, Tensor]:
+    """Return what a phase of the rule gives, in the dtype that rules compute in."""
+    grad, param, state = seen
+    param = param.to(compute_dtype(param.dtype))
+    grad = grad.to(param.dtype)
+    if phase == "update":
+        direction, changed = rule.update(grad, param, state, h)
+        return {**changed, DIRECTION: direction}
+    if phase == "average":
+        return {PARAM: rule.average(param, state, h)}
+    if phase == "measure":
+        return rule.measure(grad, param, state, h)
+    work = {
+        "start": rule.start,
+        "prepare": rule.prepare,
+        "refresh": rule.refresh,
+        "observe": rule.observe,
+    }
+    return work[phase](grad, param, state, h)
 
 
 def _store(state: State, new: State) -> None:
@@ -124,7 +193,10 @@ def _store(state: State, new: State) -> None:
 
 def _blocks(grad: Tensor, param: Tensor, state: State) -> Iterator[tuple[Tensor, Tensor, State]]:
     """Yield views of one parameter's tensors, small enough to stay in the cache."""
-    if param.numel() <= BLOCK or not all(t.is_contiguous() for t in (grad, param, *state.values())):
+    alike = (grad, param, *state.values())
+    if param.numel() <= BLOCK or not all(
+        t.is_contiguous() and t.numel() == param.numel() for t in alike
+    ):
         yield grad, param, state
         return
     splits = {name: torch.split(value.view(-1), BLOCK) for name, value in state.items()}
@@ -134,13 +206,15 @@ def _blocks(grad: Tensor, param: Tensor, state: State) -> Iterator[tuple[Tensor,
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(rule: Rule, layout: Layout, runs: int | None, signature: object) -> Kernel:
+def _compiled(
+    rule: Rule, layout: Layout, runs: int | None, phase: Phase, signature: object
+) -> Kernel:
     """Return the compiled step of buckets of one signature (shape, dtype, device, count).
 
     Each signature gets a code object of its own, because torch keeps the compiled variants of one
     code object in one list that is searched at every call and limited in length.
     """
-    eager = _eager(rule, layout, runs, "update")
+    eager = _eager(rule, layout, runs, phase)
     assert isinstance(eager, types.FunctionType)
     name = f"{type(rule).__name__.lower()}_{next(_serial)}"
     code = eager.__code__.replace(co_name=name)
@@ -152,17 +226,17 @@ def _or_eager(fast: Kernel, eager: Kernel) -> Kernel:
     """Return a kernel that runs eagerly from the first call on where compiling fails."""
     chosen = fast
 
-    def run(inputs: Inputs, values: Tensor) -> None:
+    def run(inputs: Inputs, values: Tensor) -> dict[str, Tensor] | None:
         nonlocal chosen
         try:
-            chosen(inputs, values)
+            return chosen(inputs, values)
         except COMPILE_ERRORS as error:
             cause = str(error).strip().splitlines()[0]
             _warn_once(
                 f"Compiling failed, so optimizers run eagerly: same results, slower ({cause})."
             )
             chosen = eager
-            eager(inputs, values)
+            return eager(inputs, values)
 
     return run
 

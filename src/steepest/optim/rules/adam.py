@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steepest.optim.rule import Hyper, Rule, State, ema
+from steepest.optim.live import Hyper
+from steepest.optim.recipe import Part, Recipe
+from steepest.optim.roles import Role
+from steepest.optim.rule import Rule, State, ema
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,20 @@ class AdamW(Rule):
         v = ema(state["exp_avg_sq"], grad * grad, b2)
         direction = h.scale1 * m / (h.root_scale2 * v.sqrt() + h.eps)
         return direction, {"exp_avg": m, "exp_avg_sq": v}
+
+
+def adam_for_the_rest(mine: frozenset[Role], rule: AdamW | None = None) -> Part:
+    """Return the part that steps the roles beside `mine` by AdamW, as `adam_...`."""
+    return Part("adam", frozenset(Role) - mine, rule or AdamW())
+
+
+RECIPES = (
+    Recipe(
+        "adamw",
+        AdamW(),
+        family="Adam",
+        year=2019,
+        paper="Loshchilov & Hutter, arXiv:1711.05101",
+        state="8 * m * n",
+    ),
+)

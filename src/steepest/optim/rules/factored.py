@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steepest.optim.rule import Hyper, Rule, State, ema
+from steepest.optim.live import Hyper
+from steepest.optim.recipe import Recipe
+from steepest.optim.rule import Rule, State, ema
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,15 @@ class Adafactor(Rule):
             direction = ema(state["exp_avg"], direction, h.beta1)
             new["exp_avg"] = direction
         return direction, new
+
+
+RECIPES = (
+    Recipe(
+        "adafactor",
+        Adafactor(),
+        family="light state",
+        year=2018,
+        paper="Shazeer & Stern, arXiv:1804.04235",
+        state="4 * (m + n) + (0 if beta1 is None else 4 * m * n)",
+    ),
+)

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steepest.optim.rule import Hyper, Rule, State, ema
+from steepest.optim.live import Hyper
+from steepest.optim.recipe import Recipe
+from steepest.optim.rule import Rule, State, ema
 
 SIDES = ("left", "right")
 
@@ -126,3 +128,15 @@ class SOAP(Rule):
             basis = state["basis_right"]
             x = x @ (basis.mT if back else basis)
         return x.view_as(tensor)
+
+
+RECIPES = (
+    Recipe(
+        "soap",
+        SOAP(),
+        family="Kronecker",
+        year=2024,
+        paper="Vyas et al., arXiv:2409.11321",
+        state="8 * m * n + sum(8 * side * side for side in (m, n) if side <= max_precond_dim)",
+    ),
+)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from steepest.optim.linalg import newton_schulz
-from steepest.optim.rule import Hyper, Rule, State, ema
+from steepest.optim.live import Hyper
+from steepest.optim.recipe import HIDDEN, Recipe
+from steepest.optim.rule import Rule, State, ema
+from steepest.optim.rules.adam import AdamW, adam_for_the_rest
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Muon(Rule):
 
     reads_param: ClassVar[bool] = False
     least_ndim: ClassVar[int] = 2
+    splits: ClassVar[bool] = True
 
     def init(self, param: Tensor) -> State:
         """Return the gradient's moving average, zero."""
@@ -44,3 +48,20 @@ class Muon(Rule):
         u = newton_schulz(x, self.ns_steps, dtype=getattr(torch, self.ns_dtype))
         scale = max(1.0, x.shape[0] / x.shape[1]) ** 0.5
         return (scale * u).view_as(grad), {"momentum": m}
+
+
+RECIPES = (
+    Recipe(
+        "muon",
+        Muon(),
+        family="orthogonal",
+        year=2024,
+        paper="Jordan et al., https://kellerjordan.github.io/posts/muon",
+        state="4 * m * n",
+        parts=(
+            adam_for_the_rest(
+                HIDDEN, AdamW(lr=3e-4, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-10)
+            ),
+        ),
+    ),
+)

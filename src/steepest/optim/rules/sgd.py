@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from steepest.optim.hyperparameters import is_zero
-from steepest.optim.rule import Hyper, Rule, State
+from steepest.optim.live import Hyper
+from steepest.optim.recipe import Recipe
+from steepest.optim.rule import Rule, State
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,15 @@ class SGD(Rule):
             return grad, {}
         m = h.momentum * state["momentum"] + grad
         return (grad + h.momentum * m if self.nesterov else m), {"momentum": m}
+
+
+RECIPES = (
+    Recipe(
+        "sgd",
+        SGD(),
+        family="SGD and sign",
+        year=1964,
+        paper="Polyak, heavy-ball momentum; SGDW arXiv:1711.05101",
+        state="4 * m * n if momentum else 0",
+    ),
+)

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steepest.optim.rule import Hyper, Rule, State, ema
+from steepest.optim.live import Hyper
+from steepest.optim.recipe import Recipe
+from steepest.optim.rule import Rule, State, ema
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,23 @@ class Lion(Rule):
         b1, b2 = h.betas
         m = state["momentum"]
         return torch.sign(ema(m, grad, b1)), {"momentum": ema(m, grad, b2)}
+
+
+RECIPES = (
+    Recipe(
+        "signum",
+        Signum(),
+        family="SGD and sign",
+        year=2018,
+        paper="Bernstein et al., arXiv:1802.04434",
+        state="4 * m * n",
+    ),
+    Recipe(
+        "lion",
+        Lion(),
+        family="SGD and sign",
+        year=2023,
+        paper="Chen et al., arXiv:2302.06675",
+        state="4 * m * n",
+    ),
+)

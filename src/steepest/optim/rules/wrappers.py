@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from steepest.optim.rule import Hyper, State, Wrapper
+from steepest.optim.live import Hyper
+from steepest.optim.rule import State, Wrapper
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import reference
 import torch
 from torch import Tensor, nn
 
-import steepest
 from steepest.models import Llama, LlamaConfig
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 48}
@@ -99,44 +97,6 @@ def constant(step: int) -> float:
 def cosine(step: int) -> float:
     """Return the multiplier of a cosine after 5 steps of warm-up, from step 0."""
     return (step + 1) / 5 if step < 5 else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 5) / 35))
-
-
-Schedule = Callable[[int], float]
-
-
-class Followed:
-    """The references of an optimizer's parameters, each with the rule and decay of its role."""
-
-    def __init__(self, name: str, named: dict[str, tuple[Tensor, str]], hyper: dict[str, Any]):
-        self.name = name
-        self.lrs: dict[str, float] = {}
-        self.of: dict[str, reference.Reference] = {}
-        own = {k: v for k, v in hyper.items() if not k.startswith(("adam_", "ns_dtype"))}
-        adam = {k.removeprefix("adam_"): v for k, v in hyper.items() if k.startswith("adam_")}
-        for key, (p, role) in named.items():
-            mine = name != "muon" or role == "hidden"
-            values = dict(own if mine else {"betas": (0.9, 0.95), "eps": 1e-10, **adam})
-            self.lrs[key] = values.pop("lr")
-            if role not in ("hidden", "head"):
-                values["weight_decay"] = 0.0
-            rule = reference.RULES[name if mine else "adamw"]
-            self.of[key] = rule(p.detach().double().numpy(), **values)
-
-    def step(self, key: str, grad: Tensor, multiplier: float) -> None:
-        """Step one parameter."""
-        self.of[key].step(grad.detach().double().numpy(), multiplier * self.lrs[key])
-
-    def adopt(self, optimizer: steepest.Optimizer, named: dict[str, tuple[Tensor, str]]) -> None:
-        """Give SOAP's references the optimizer's first bases."""
-        for key, (p, _) in named.items():
-            follower = self.of[key]
-            if isinstance(follower, reference.SOAP):
-                state = optimizer.state[p]
-                bases = [state.get(f"basis_{side}") for side in ("left", "right")]
-                tolerance = 1e-9 if p.dtype == torch.float64 else 1e-5
-                follower.adopt(
-                    *(None if b is None else b.double().numpy().copy() for b in bases), tolerance
-                )
 
 
 def named_roles(model: nn.Module) -> dict[str, tuple[Tensor, str]]:

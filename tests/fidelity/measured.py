@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ERRORS: dict[tuple[str, str], float] = {}
-"""(optimizer, comparison) -> largest error."""
+ERRORS: dict[tuple[str, str], tuple[float, str]] = {}
+"""(optimizer, comparison) -> largest error, and what there is to know about it."""
 
 
 def displacement_error(
@@ -30,13 +30,15 @@ def displacement_error(
     return float(np.max(errors))
 
 
-def record(optimizer: str, comparison: str, error: float) -> float:
+def record(optimizer: str, comparison: str, error: float, note: str = "") -> float:
     """Keep the error for the table, and return it."""
     key = (optimizer, comparison)
-    ERRORS[key] = max(ERRORS.get(key, 0.0), error)
+    ERRORS[key] = (max(ERRORS.get(key, (0.0, ""))[0], error), note)
     return error
 
 
 def table() -> list[str]:
     """Return a line per optimizer and comparison."""
-    return [f"{name:10} {what:44} {error:.1e}" for (name, what), error in sorted(ERRORS.items())]
+    return [
+        f"{name:20} {what:56} {error:.1e}" for (name, what), (error, _) in sorted(ERRORS.items())
+    ]

@@ -1,0 +1,137 @@
+"""One step of some parameters: which values it sees, and what parameters share before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steepest.optim import buckets, stepping
+from steepest.optim.buckets import Bucket, Inputs
+from steepest.optim.live import Layout
+from steepest.optim.pieces import added_up
+from steepest.optim.stepping import Phase
+
+if TYPE_CHECKING:
+    from steepest.optim.plan import Plan
+
+
+@dataclass
+class Turn:
+    """Pieces of one bucket that take the same step."""
+
+    plan: Plan
+    bucket: Bucket
+    part: Bucket
+    """The pieces that take it: the whole bucket, or copies of some."""
+    indices: list[int]
+    step: int
+    memory: dict[str, Any]
+    inputs: Inputs | None = None
+    """What the step reads, once gathered."""
+
+    @classmethod
+    def of(
+        cls, plan: Plan, bucket: Bucket, indices: list[int], step: int, memory: dict[str, Any]
+    ) -> Turn:
+        """Return the turn of these pieces of a bucket."""
+        whole = len(indices) == len(bucket.pieces)
+        return cls(plan, bucket, bucket if whole else bucket.some(indices), indices, step, memory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pieces are."""
+        return self.bucket.pieces[0].param.device
+
+    def values(self) -> dict[str, Any]:
+        """Return hyperparameters, memory and scalars of this step by name."""
+        plan = self.plan
+        return stepping.with_scalars(plan.rule, plan.values(), self.step, self.memory, plan.runs)
+
+    @property
+    def starting(self) -> bool:
+        """Whether this is a first step that only sets state up."""
+        return self.step == 1 and self.plan.rule.starts()
+
+    def run(
+        self, phase: Phase, values: Tensor, layout: Layout | None = None
+    ) -> dict[str, Tensor] | None:
+        """Run a phase on the gathered inputs. `values` are live values, laid out as the plan's."""
+        if self.inputs is None:
+            self.inputs = self.part.gather(params=self.plan.rule.reads_param)
+        plan, whole = self.plan, self.part is self.bucket
+        kernel = stepping.kernel(
+            plan.shared_rule,
+            layout or plan.layout,
+            plan.runs,
+            self.part,
+            phase=phase,
+            compile=plan.compiled and whole and phase in ("update", "measure"),
+        )
+        return kernel(self.inputs, values)
+
+    def finish(self) -> None:
+        """Bring everything that was copied back to where it belongs."""
+        assert self.inputs is not None
+        self.part.scatter(self.inputs)
+        if self.plan.rule.keeps_gradient:
+            self.part.scatter_grads(self.inputs)
+        self.keep_state()
+
+    def keep_state(self) -> None:
+        """Bring back the state alone."""
+        if self.part is not self.bucket:
+            buckets.copy_state(self.part, self.bucket, self.indices)
+        self.inputs = None
+
+
+class Values:
+    """The live values of turns on their devices, each sent once."""
+
+    def __init__(self, shared: Callable[[Plan], dict[str, Tensor]]) -> None:
+        self._shared = shared
+        self._sent: dict[Any, Tensor] = {}
+
+    def of(self, turn: Turn) -> Tensor:
+        """Return a turn's values in its plan's layout, shared ones at the end."""
+        key = (id(turn.plan), turn.step, tuple(turn.memory.items()), turn.device)
+        if key not in self._sent:
+            plan = turn.plan
+            now = turn.values()
+            vector = to_device(Layout.of(now).pack(now, plan.runs), turn.device)
+            if shared := self._shared(plan):
+                rest = torch.stack([to_device(value, turn.device) for value in shared.values()])
+                vector = torch.cat([vector, rest])
+            self._sent[key] = vector
+        return self._sent[key]
+
+
+def combine(turns: Sequence[Turn], values: Values) -> dict[str, Tensor]:
+    """Return the new shared values of a rule from sums over all parameters that step."""
+    sums: dict[str, Tensor] = {}
+    first = turns[0]
+    for turn in turns:
+        part = turn.run("measure", values.of(turn))
+        assert part is not None
+        for name, value in part.items():
+            whole = added_up(value, turn.bucket.pieces[0].sharding).double().to(first.device)
+            sums[name] = sums[name] + whole if name in sums else whole
+    plan = first.plan
+
+    def combined(sums: dict[str, Tensor], values: Tensor) -> dict[str, Tensor]:
+        return plan.shared_rule.combine(sums, plan.layout.unpack(values))
+
+    if plan.runs is None:
+        return combined(sums, values.of(first))
+    per_run: dict[str, Tensor] = torch.vmap(combined, in_dims=(0, 1))(sums, values.of(first))
+    return per_run
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return live values on a device."""
+    # Apple GPUs have no float64: there 1 - beta keeps fewer digits.
+    dtype = torch.float32 if device.type == "mps" else values.dtype
+    return values.to(device, dtype, non_blocking=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -42,3 +44,13 @@ def table() -> list[str]:
     return [
         f"{name:20} {what:56} {error:.1e}" for (name, what), (error, _) in sorted(ERRORS.items())
     ]
+
+
+def write(path: Path) -> None:
+    """Write every optimizer's largest error per comparison, to two digits, as JSON."""
+    kept: dict[str, list[dict[str, object]]] = {}
+    for (case, comparison), (error, note) in sorted(ERRORS.items()):
+        optimizer, _, label = case.partition(" ")
+        entry = {"comparison": comparison, "case": label, "error": float(f"{error:.1e}")}
+        kept.setdefault(optimizer, []).append(entry | ({"note": note} if note else {}))
+    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -26,6 +26,9 @@ RESERVED = frozenset(
     {"params", "param_names", "rule", "role", "initial_lr", "shared", "split", "transposed", "bank"}
 )
 
+KEPT = "kept_gradient"
+"""Name, in a saved state, of a gradient that is state."""
+
 OWN_ATTRIBUTES = (
     "rules",
     "runs",
@@ -274,12 +277,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, but for rules whose state is what is left in them."""
-        kept = {
-            p: p.grad
-            for group in self.param_groups
-            if self.rules[group["rule"]].keeps_gradient
-            for p in group["params"]
-        }
+        kept = {p: p.grad for p in self._keeping()}
         for p in kept:
             p.grad = None
         super().zero_grad(set_to_none)
@@ -342,6 +340,8 @@ class Optimizer(torch.optim.Optimizer):
         for i, p in zip(ids, params, strict=True):
             if i in state_dict["state"]:
                 self.state[p] = dict(state_dict["state"][i])
+                if (kept := self.state[p].pop(KEPT, None)) is not None:
+                    p.grad = kept.detach().clone()
         self._plans()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -360,7 +360,28 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state. Raises UserError in evaluation mode (see `eval`)."""
         self._training("state_dict")
-        return super().state_dict()
+        kept = [p for p in self._keeping() if p.grad is not None]
+        for p in kept:
+            self.state[p][KEPT] = p.grad
+        try:
+            return super().state_dict()
+        finally:
+            for p in kept:
+                del self.state[p][KEPT]
+
+    @property
+    def averages(self) -> bool:
+        """Whether some rule has other weights for evaluation than for training."""
+        return any(rule.averages for rule in self.rules.values())
+
+    def _keeping(self) -> list[Tensor]:
+        """Return the parameters whose gradient is state."""
+        return [
+            p
+            for group in self.param_groups
+            if self.rules[group["rule"]].keeps_gradient
+            for p in group["params"]
+        ]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._made = None

@@ -16,7 +16,7 @@ from steepest.optim.buckets import Bucket, Keys
 from steepest.optim.hyperparameters import is_zero
 from steepest.optim.live import Layout, is_live
 from steepest.optim.pieces import pieces_of, shown, unsharded
-from steepest.optim.rule import Extra, Rule, State
+from steepest.optim.rule import Extra, Rule, State, overrides
 from steepest.optim.turns import Turn
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -95,7 +95,9 @@ class Plan:
 
     def wants(self, state: States) -> set[Extra]:
         """Return the extra gradients that some parameter wants before its next step."""
-        counts = {state[piece.param]["step"] for bucket in self.buckets for piece in bucket.pieces}
+        if not overrides(self.rule, "wants"):
+            return set()
+        counts = {state[p]["step"] for p in self.group["params"]}
         return {extra for step in counts if (extra := self.rule.wants(step + 1)) is not None}
 
     def due_to_observe(self, wanted: set[Extra], state: States) -> list[Turn]:

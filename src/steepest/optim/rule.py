@@ -314,3 +314,12 @@ class Wrapper(Rule):
         """Return the wrapper with its own and its inner rule's hyperparameters changed."""
         own = {name: values.pop(name) for name in self._own() if name in values}
         return dataclasses.replace(self, inner=self.inner.replace(**values), **own)
+
+
+def overrides(rule: Rule, method: str) -> bool:
+    """Say whether a rule, or one that it wraps, does its own work under this name."""
+    while isinstance(rule, Wrapper):
+        if getattr(type(rule), method) is not getattr(Wrapper, method):
+            return True
+        rule = rule.inner
+    return getattr(type(rule), method) is not getattr(Rule, method)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+import steepest
 from steepest import data
 from steepest.data.tokens import Tokens
 from steepest.models import Llama
@@ -56,6 +57,13 @@ def evaluation_weights(model: Llama, optimizer: torch.optim.Optimizer) -> Iterat
     if not has_modes(optimizer):
         yield
         return
+    if isinstance(optimizer, steepest.Optimizer):  # It restores them to the bit itself.
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+        return
     parameters = list(model.parameters())
     saved = [parameter.detach().clone() for parameter in parameters]
     optimizer.eval()  # type: ignore[attr-defined]
@@ -69,7 +77,9 @@ def evaluation_weights(model: Llama, optimizer: torch.optim.Optimizer) -> Iterat
 
 
 def has_modes(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer has a training and an evaluation mode."""
+    """Return whether the optimizer evaluates other weights than it trains."""
+    if isinstance(optimizer, steepest.Optimizer):
+        return optimizer.averages
     return callable(getattr(optimizer, "eval", None)) and callable(
         getattr(optimizer, "train", None)
     )

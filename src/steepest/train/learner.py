@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import steepest
 from steepest.models import Llama
 from steepest.train import checkpoints, evaluation, optimizers
 from steepest.train.compiling import loss_function
@@ -57,6 +58,7 @@ class Learner:
             self.optimizer.step(closure)
             loss, norm = seen[0]
         else:
+            self._observe(inputs, targets)
             loss, norm = self.gradient(inputs, targets)
             begin = clock.mark()
             self.optimizer.step()
@@ -64,10 +66,38 @@ class Learner:
         self.schedule.step()
         return loss, norm, (begin, end)
 
+    def _observe(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Give the optimizer the extra gradient that it declares to want before this step."""
+        if not isinstance(self.optimizer, steepest.Optimizer) or not (
+            wanted := self.optimizer.wants()
+        ):
+            return
+        if "previous_weights" in wanted:
+            with self.optimizer.previous_weights():
+                self.gradient(inputs, targets)
+        else:
+            self.gradient(inputs, self._sampled_labels(inputs), clip=False)
+        self.optimizer.observe(batch_tokens=targets.numel())
+
+    @torch.no_grad()
+    def _sampled_labels(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return labels drawn from the model's predictions, int64 of the shape of `inputs`.
+
+        The draw depends on the run's seed and the step alone.
+        """
+        seed = 0x5EED + (self.config.training.seed << 32) + self.schedule.last_epoch
+        generator = torch.Generator(self.device).manual_seed(seed)
+        drawn = []
+        for part in inputs.chunk(self.config.training.gradient_accumulation):
+            with evaluation.autocast(self.config.training.precision, self.device):
+                odds = self.model(part).float().softmax(-1).flatten(0, 1)
+            drawn.append(torch.multinomial(odds, 1, generator=generator).view_as(part))
+        return torch.cat(drawn)
+
     def gradient(
-        self, inputs: torch.Tensor, targets: torch.Tensor
+        self, inputs: torch.Tensor, targets: torch.Tensor, *, clip: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the clipped gradient of the batch's mean loss into the parameters.
+        """Put the gradient of the batch's mean loss into the parameters, clipped if `clip`.
 
         Returns the loss and the norm before clipping, without waiting for a GPU.
         """
@@ -82,7 +112,7 @@ class Learner:
             losses.append(loss.detach())
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if training.clip_norm > 0:
+        if clip and training.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, training.clip_norm, norm)
         return torch.stack(losses).sum(), norm
 

@@ -7,10 +7,13 @@ docstrings are its help, and a function that does it.
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from steepest.errors import UserError, unknown
 
@@ -24,7 +27,9 @@ except ImportError as error:
 
 from steepest import compiler, models, train
 from steepest.optim import catalogue
+from steepest.optim.memory import held
 from steepest.report import formatting, html, live, terminal
+from steepest.report import optimizers as about
 from steepest.study import estimate, executor, store
 from steepest.study import plan as planning
 from steepest.study.race import run_race
@@ -108,6 +113,23 @@ class Optimizers:
 
     name: Positional[str | None] = None
     """Optimizer to show."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Show what weights, gradients and optimizer state take, without allocating them.
+
+    Hyperparameters that decide the state are flags, too: --rank 256.
+    """
+
+    model: str = "llama-350m"
+    """Model size, one of `steepest models`."""
+    optimizer: tuple[str, ...] = ()
+    """Names from `steepest optimizers`; one is shown role by role. Without any, all of them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and gradients."""
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """Count floating-point state as if it were kept in this dtype; steepest keeps float32."""
 
 
 @dataclass(frozen=True)
@@ -284,24 +306,61 @@ def optimizers(arguments: list[str]) -> None:
     args: Optimizers = parse(Optimizers, "optimizers", arguments)
     console = Console()
     if args.name is None:
-        table = Table("name", "family", "year", "bytes/parameter", "source", box=None)
-        for name in catalogue.names():
-            d = catalogue.describe(name)
-            state = f"{d.state_bytes_per_parameter:.3g}"
-            table.add_row(name, d.family, str(d.year), state, d.paper)
-        console.print(table)
-        console.print("\nState of a 256 x 128 float32 matrix. In detail: steepest optimizers NAME")
+        console.print(about.listing())
+        console.print(
+            "\nState is that of a 256 x 128 float32 matrix. In detail: steepest optimizers NAME"
+        )
         return
-    found = catalogue.describe(args.name)
-    console.print(f"[bold]{found.name}[/bold]  {found.family}, {found.year}. {found.paper}\n")
-    console.print(found.formula + "\n", highlight=False, markup=False)
-    console.print(f"Steps the roles: {', '.join(found.roles)}.")
-    state = ", ".join(f"{name} {shape}" for name, shape in found.state.items()) or "none"
-    console.print(f"State of a 256 x 128 matrix: {state}.\n", highlight=False)
-    table = Table("hyperparameter", "default", "meaning", box=None)
-    for name, (value, meaning) in found.hyperparameters.items():
-        table.add_row(name, str(value), meaning)
-    console.print(table)
+    for part in about.detail(args.name):
+        console.print(part, highlight=False)
+
+
+def memory(arguments: list[str]) -> None:
+    """Print what weights, gradients and optimizer state take."""
+    arguments, given = hyperparameters_in(arguments, flags_of(Memory))
+    args: Memory = parse(Memory, "memory", arguments)
+    names = args.optimizer or tuple(catalogue.names())
+    with torch.device("meta"):
+        model = models.Llama(models.size(args.model))
+    dtype = getattr(torch, args.dtype)
+    state_dtype = None if args.state_dtype is None else getattr(torch, args.state_dtype)
+    try:
+        rows = [
+            (name, held(name, model, dtype=dtype, state_dtype=state_dtype, **given))
+            for name in names
+        ]
+    except TypeError as error:  # an unknown hyperparameter
+        raise UserError(str(error)) from None
+    console = Console()
+    if len(rows) == 1:
+        console.print(about.memory_by_role(rows[0][1]))
+    else:
+        console.print(about.memory_by_optimizer(rows))
+    console.print("\nGB is 1e9 bytes. Activations and buffers of the backward pass are not in it.")
+
+
+def hyperparameters_in(arguments: list[str], flags: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the arguments without `--rank 256` and its like, and those as hyperparameters.
+
+    What is not a flag of the command but a hyperparameter of some optimizer counts as one; its
+    value is read as TOML.
+    """
+    known = {key for name in catalogue.names() for key in catalogue.recipe(name).hyperparameters()}
+    rest, given = [], {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if not word.startswith("--") or name.replace("_", "-") in flags or key not in known:
+            rest.append(word)
+            continue
+        text = value if equals else next(words, "")
+        try:
+            read = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            read = text
+        given[key] = tuple(read) if isinstance(read, list) else read
+    return rest, given
 
 
 def list_models(arguments: list[str]) -> None:
@@ -320,6 +379,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[list[str]], None]]] = {
     "train": (Train, train_one),
     "report": (Report, report),
     "optimizers": (Optimizers, optimizers),
+    "memory": (Memory, memory),
     "models": (Models, list_models),
 }
 

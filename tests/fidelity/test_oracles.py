@@ -49,9 +49,13 @@ def test_independent_implementations(oracle: Oracle, dtype: torch.dtype) -> None
             scheduler.step()
     ends = [list(harness.snapshot(side).values()) for side in (ours, theirs)]
     precision = str(dtype).removeprefix("torch.")
-    version = importlib.metadata.version(oracle.package)
-    label = f"{precision}, {oracle.package} {version} {oracle.label}".strip()
-    record(oracle.name, label, displacement_error(*ends, start), oracle.difference)
+    version = importlib.metadata.version(oracle.package).partition("+")[0]
+    record(
+        f"{oracle.name} {oracle.label}".strip(),
+        f"{precision}, {oracle.package} {version}",
+        displacement_error(*ends, start),
+        oracle.difference,
+    )
     roundings = 2 * STEPS if dtype == torch.float32 else 0
     tolerance = oracle.tolerance64 if dtype == torch.float64 else oracle.tolerance32
     assert displacement_error(*ends, start, roundings) < tolerance

@@ -6,6 +6,7 @@ import functools
 import json
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def fidelity(optimizer: str) -> list[Comparison]:
 
 
 @functools.cache
-def _measured() -> dict[str, list[dict[str, object]]]:
+def _measured() -> dict[str, list[dict[str, Any]]]:
     text = resources.files("steepest.optim").joinpath("fidelity.json").read_text("utf-8")
-    found: dict[str, list[dict[str, object]]] = json.loads(text)
+    found: dict[str, list[dict[str, Any]]] = json.loads(text)
     return found

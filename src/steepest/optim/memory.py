@@ -1,0 +1,75 @@
+"""What an optimizer holds for a model, counted on shapes alone: nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steepest.optim.create import create
+from steepest.optim.roles import NamedRole, Role
+from steepest.optim.roles import roles as find_roles
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of the parameters of one role, their gradients and their optimizer state."""
+
+    role: str
+    parameters: int
+    """Number of scalars."""
+    parameter_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+
+
+def held(
+    optimizer: str,
+    model: nn.Module,
+    *,
+    dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype | None = None,
+    roles: Mapping[str, Role | str | NamedRole] | None = None,
+    wrap: str | Sequence[str] = (),
+    **hyperparameters: Any,
+) -> list[Held]:
+    """Return what a model's parameters, gradients and optimizer state take, role by role.
+
+    `model` is best on the meta device. `dtype` is that of parameters and gradients; state is in
+    float32 as the engine keeps it (8-bit codes stay what they are), or counted as if its floating
+    point tensors were in `state_dtype`, as they are in tables made with pure bfloat16. Step counts
+    on the host are left out. Raises what `create` raises.
+    """
+    model = model.to(device="meta", dtype=dtype)
+    made = create(optimizer, model, roles=roles, wrap=wrap, compile=False, **hyperparameters)
+    made.state_bytes()  # lays the state out
+    named = find_roles(model, roles)
+    rows = []
+    for role in Role:
+        mine = [p for name, p in model.named_parameters() if _has(named, name, role)]
+        if not mine:
+            continue
+        count = sum(p.numel() for p in mine)
+        state = [v for p in mine for v in made.state[p].values() if isinstance(v, Tensor)]
+        rows.append(
+            Held(
+                role.value,
+                count,
+                count * dtype.itemsize,
+                count * dtype.itemsize,
+                sum(_bytes(tensor, state_dtype) for tensor in state),
+            )
+        )
+    return rows
+
+
+def _has(named: Mapping[str, NamedRole], name: str, role: Role) -> bool:
+    return name in named and named[name].role is role
+
+
+def _bytes(tensor: Tensor, state_dtype: torch.dtype | None) -> int:
+    counted = state_dtype if state_dtype is not None and tensor.is_floating_point() else None
+    return tensor.numel() * (tensor.dtype if counted is None else counted).itemsize

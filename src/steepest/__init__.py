@@ -6,8 +6,28 @@
 >>> steepest.describe("muon")
 """
 
-from steepest.optim import Optimizer, Role, Rule, create, describe, names, roles
+from steepest.optim import (
+    NamedRole,
+    Optimizer,
+    Role,
+    Rule,
+    create,
+    describe,
+    names,
+    presets,
+    roles,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["Optimizer", "Role", "Rule", "create", "describe", "names", "roles"]
+__all__ = [
+    "NamedRole",
+    "Optimizer",
+    "Role",
+    "Rule",
+    "create",
+    "describe",
+    "names",
+    "presets",
+    "roles",
+]

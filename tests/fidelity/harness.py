@@ -20,6 +20,9 @@ from torch import Tensor, nn
 import steepest
 from steepest.optim import random
 
+TOKENS = 24
+"""What extra gradients on sampled labels are said to be means over."""
+
 Hook = Callable[[Any, dict[str, Any], int], None]
 """(reference, the parameter's state after this step, step from 1)."""
 Shapes = tuple[tuple[int, ...], ...]
@@ -38,6 +41,8 @@ class Case:
     """Weight decay of the runs that have any; None where the method takes none."""
     tolerance32: float = 1e-5
     tolerance64: float = 1e-9
+    margin32: float = 1e-5
+    """Least margin of an element that float32 must decide as float64 does (see `margins`)."""
     reason: str = ""
     """Why a tolerance is larger: what the method's arithmetic magnifies."""
     before: Hook | None = None
@@ -66,6 +71,8 @@ class Oracle:
     hyper: dict[str, Any]
     tolerance32: float = 1e-5
     tolerance64: float = 1e-12
+    observe: Callable[[Any], None] | None = None
+    """Has it take the gradients that are there as the extra ones that `optimizer.wants` names."""
     schedule: bool = True
     """Whether it agrees under a changing learning rate."""
     role: str | None = None
@@ -73,9 +80,10 @@ class Oracle:
     difference: str = ""
     """What had to be set, or left out, for the two to mean the same."""
     label: str = ""
+    wrap: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.name, self.package, self.label)))
+        return " ".join(filter(None, (*self.wrap, self.name, self.package, self.label)))
 
 
 class Followed:
@@ -84,6 +92,7 @@ class Followed:
     def __init__(self, case: Case, optimizer: steepest.Optimizer) -> None:
         self.case, self.optimizer = case, optimizer
         self.t = 0
+        self.left: dict[Tensor, Tensor] = {}
         self.single: dict[Tensor, Reference] = {}
         self.grouped: list[tuple[list[Tensor], GroupReference]] = []
         self.lrs: dict[Tensor, float] = {}
@@ -132,6 +141,19 @@ class Followed:
             if g is not None and reference is not None and hasattr(reference, "observe"):
                 takes = len(inspect.signature(reference.observe).parameters)
                 reference.observe(*(g.double().numpy(), tokens)[:takes])
+
+    def step_optimizer(self) -> None:
+        """Step the optimizer, on gradients added to what it left in buffers that it keeps."""
+        for p, left in self.left.items():
+            assert p.grad is not None
+            p.grad.add_(left)
+        self.optimizer.step()
+        self.left = {
+            p: p.grad.clone()
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if self.optimizer.rules[group["rule"]].keeps_gradient and p.grad is not None
+        }
 
     def step(self, grads: dict[Tensor, Tensor]) -> None:
         """Step every reference; the optimizer has stepped already."""

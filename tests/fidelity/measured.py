@@ -35,7 +35,7 @@ def displacement_error(
 def record(optimizer: str, comparison: str, error: float, note: str = "") -> float:
     """Keep the error for the table, and return it."""
     key = (optimizer, comparison)
-    ERRORS[key] = (max(ERRORS.get(key, (0.0, ""))[0], error), note)
+    ERRORS[key] = (max(ERRORS.get(key, (0.0, ""))[0], error), note)  # 0: nothing but rounding
     return error
 
 

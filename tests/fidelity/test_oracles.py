@@ -12,7 +12,7 @@ import harness
 import problems
 import pytest
 import torch
-from harness import Oracle
+from harness import TOKENS, Oracle
 from measured import displacement_error, record
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -37,10 +37,22 @@ def test_independent_implementations(oracle: Oracle, dtype: torch.dtype) -> None
     groups: list[dict[str, Any]] = [{"params": ours}]
     if oracle.role is not None:
         groups[0] |= {"role": oracle.role, "weight_decay": hyper["weight_decay"]}
-    optimizer = steepest.create(oracle.name, groups, compile=False, **hyper)
+    precision = str(dtype).removeprefix("torch.")
+    known = steepest.describe(oracle.name).hyperparameters
+    more = {"ns_dtype": precision} if "ns_dtype" in known else {}
+    optimizer = steepest.create(
+        oracle.name, groups, wrap=oracle.wrap, compile=False, **{**more, **hyper}
+    )
     other = oracle.make(theirs, **hyper)
     schedulers = [LambdaLR(o, problems.cosine) for o in (optimizer, other) if oracle.schedule]
-    for grads in problems.stream(STEPS, oracle.shapes):
+    extra = problems.stream(STEPS, oracle.shapes, seed=8)
+    for grads, others in zip(problems.stream(STEPS, oracle.shapes), extra, strict=True):
+        if optimizer.wants():
+            assert oracle.observe is not None
+            problems.set_gradients(ours, others)
+            problems.set_gradients(theirs, others)
+            optimizer.observe(batch_tokens=TOKENS)
+            oracle.observe(other)
         problems.set_gradients(ours, grads)
         problems.set_gradients(theirs, grads)
         optimizer.step()
@@ -48,14 +60,13 @@ def test_independent_implementations(oracle: Oracle, dtype: torch.dtype) -> None
         for scheduler in schedulers:
             scheduler.step()
     ends = [list(harness.snapshot(side).values()) for side in (ours, theirs)]
-    precision = str(dtype).removeprefix("torch.")
     version = importlib.metadata.version(oracle.package).partition("+")[0]
-    record(
-        f"{oracle.name} {oracle.label}".strip(),
-        f"{precision}, {oracle.package} {version}",
-        displacement_error(*ends, start),
-        oracle.difference,
-    )
     roundings = 2 * STEPS if dtype == torch.float32 else 0
     tolerance = oracle.tolerance64 if dtype == torch.float64 else oracle.tolerance32
-    assert displacement_error(*ends, start, roundings) < tolerance
+    error = record(
+        " ".join(filter(None, (*oracle.wrap, oracle.name, oracle.label))),
+        f"{precision}, {oracle.package} {version}",
+        displacement_error(*ends, start, roundings),
+        oracle.difference,
+    )
+    assert error < tolerance

@@ -226,6 +226,29 @@ def test_a_closure_is_also_called_at_the_previous_weights() -> None:
     assert [float(s[0]) for s in seen[3:]] == pytest.approx([4.0, 4.0, 3.0])
 
 
+@pytest.mark.parametrize("layout", [{}, {"split": (2, 2, 2)}, {"transposed": True}])
+@pytest.mark.parametrize("name", ["mars_adamw", "mars_shampoo"])
+def test_the_whole_model_goes_back_to_the_previous_weights(
+    name: str, layout: dict[str, Any]
+) -> None:
+    # Also what AdamW steps, and matrices that are stepped in blocks or turned.
+    shapes = ((6, 6), (4, 6), (7,))
+    params = problems.parameters(shapes=shapes)
+    groups = [{"params": [params[0]], "role": "hidden", **layout}]
+    groups += [{"params": [params[1]], "role": "embedding"}]
+    groups += [{"params": [params[2]], "role": "vector"}]
+    optimizer = steepest.create(name, groups, exact=True)
+    grads = list(problems.stream(3, shapes))
+    before = [p.detach().clone() for p in params]
+    problems.set_gradients(params, grads[0])
+    optimizer.step()
+    now = [p.detach().clone() for p in params]
+    assert not any(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+    with optimizer.previous_weights():
+        assert_same_bits(params, before)
+    assert_same_bits(params, now)
+
+
 def test_evaluation_weights_come_and_go_to_the_bit() -> None:
     params = problems.parameters(shapes=SHAPES)
     optimizer = steepest.create(Averaging(), params)
@@ -236,13 +259,79 @@ def test_evaluation_weights_come_and_go_to_the_bit() -> None:
     optimizer.eval()
     optimizer.eval()
     assert_same_bits(params, [p / 2 for p in trained])
-    for forbidden in (optimizer.step, optimizer.state_dict):
-        with pytest.raises(UserError, match=r"evaluation mode.*train\(\)"):
-            forbidden()
+    with pytest.raises(UserError, match=r"evaluation mode.*train\(\)"):
+        optimizer.step()
     optimizer.train()
     assert_same_bits(params, trained)
     optimizer.train()
     assert_same_bits(params, trained)
+
+
+def test_saved_in_evaluation_mode_it_continues_to_the_bit() -> None:
+    # As a trainer does that evaluates and then saves.
+    params = problems.parameters(shapes=SHAPES)
+    optimizer = steepest.create(Averaging(), params)
+    stepped(optimizer, params, range(2))
+    optimizer.eval()
+    file = io.BytesIO()
+    torch.save([optimizer.state_dict(), [p.detach() for p in params]], file)
+    file.seek(0)
+    state, values = torch.load(file, weights_only=True)
+    fresh = [nn.Parameter(v) for v in values]
+    resumed = steepest.create(Averaging(), fresh)
+    resumed.load_state_dict(state)
+    with pytest.raises(UserError, match="evaluation mode"):
+        resumed.step()
+    optimizer.train()
+    resumed.train()
+    assert_same_bits(fresh, params)
+    stepped(optimizer, params, range(2, 4))
+    stepped(resumed, fresh, range(2, 4))
+    assert_same_bits(fresh, params)
+    assert "training_param" not in resumed.state_dict()["state"][0]
+
+
+def test_evaluation_mode_without_its_training_weights_is_refused() -> None:
+    params = problems.parameters(shapes=SHAPES)
+    optimizer = steepest.create(Averaging(), params)
+    stepped(optimizer, params, range(2))
+    optimizer.eval()
+    state = optimizer.state_dict()
+    for own in state["state"].values():
+        own.pop("training_param", None)
+    with pytest.raises(UserError, match=r"training weights are not in it.*train\(\)"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_gradient_that_is_state_is_saved() -> None:
+    @dataclass(frozen=True)
+    class Buffer(Averaging):
+        """Leaves half of the gradient in its buffer."""
+
+        averages: ClassVar[bool] = False
+        keeps_gradient: ClassVar[bool] = True
+
+        def update(
+            self, grad: Tensor, param: Tensor, state: State, h: Hyper
+        ) -> tuple[Tensor, State]:
+            return grad, {"grad": grad / 2}
+
+    params = problems.parameters(shapes=SHAPES)
+    optimizer = steepest.create(Buffer(), params)
+    stepped(optimizer, params, range(2))
+    optimizer.zero_grad()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    fresh = [nn.Parameter(p.detach().clone()) for p in params]
+    resumed = steepest.create(Buffer(), fresh)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for p, q, g in zip(params, fresh, list(problems.stream(2, SHAPES))[1], strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
+        assert torch.equal(q.grad, g / 2)
+        assert q.grad.data_ptr() != p.grad.data_ptr()
 
 
 def test_preparing_and_moving() -> None:

@@ -10,6 +10,7 @@ import sys
 import problems
 import pytest
 import torch
+from engine import knob, sample
 
 import steepest
 from steepest.errors import UserError
@@ -43,11 +44,15 @@ def test_descriptions_are_complete(name: str) -> None:
 
 def test_every_meaning_belongs_to_a_hyperparameter() -> None:
     used = {
-        key.removeprefix("adam_")
+        knob(name, key)[0]
         for name in NAMES
         for key in steepest.describe(name).hyperparameters
     }
     assert used == set(catalogue.MEANINGS)
+
+
+# What a recipe sets by what a parameter is.
+ADAPTED = {"adam_mini": {"blocks"}}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,11 +65,10 @@ def test_every_described_hyperparameter_is_taken_and_lands_in_its_groups(name: s
         assert {k: v for k, v in group.items() if k != "params"} == {
             k: v for k, v in same.items() if k != "params"
         }
-        prefix = "" if group["rule"] == name else "adam_"
         for key, (default, _) in described.items():
-            plain_key = key.removeprefix("adam_")
-            ours = key.startswith("adam_") == bool(prefix)
-            if ours and plain_key != "weight_decay":
+            plain_key, rules = knob(name, key)
+            adapted = key in ADAPTED.get(name, ())
+            if group["rule"] in rules and plain_key != "weight_decay" and not adapted:
                 assert group[plain_key] == default
 
 
@@ -98,16 +102,33 @@ def test_descriptions_are_plain_data() -> None:
         assert all(not isinstance(v, torch.Tensor) for v in flat["state"].values())
 
 
+LRS = {
+    "sgd": 0.1,
+    "lars": 10.0,
+    "adagrad_norm": 3.0,
+    "radam": 1e-2,
+    "adafactor": 1e-2,
+    "lamb": 3e-2,
+    "sgg_lamb": 3e-2,
+    "scaled_adam": 0.1,
+    "muon": 0.02,
+    "ortho_adam": 1e-2,
+    "prodigy": 1.0,
+    "schedulefree_sgd": 1.0,
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_learns(name: str) -> None:
     # Defaults of the paper but for lr, on one batch.
     model = problems.llama()
-    lr = {"sgd": 0.1, "adafactor": 1e-2, "muon": 0.02}.get(name, 2e-3)
-    optimizer = steepest.create(name, model, lr=lr, **({"adam_lr": 2e-3} if name == "muon" else {}))
+    adam = {"adam_lr": 2e-3} if "adam_lr" in steepest.describe(name).hyperparameters else {}
+    optimizer = steepest.create(name, model, lr=LRS.get(name, 2e-3), **adam)
     batch = problems.batches()[0]
     losses = []
     for _ in range(30):
         losses.append(problems.backward(model, batch))
+        sample(optimizer)
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
 
@@ -121,6 +142,7 @@ def test_same_run_same_bits(name: str) -> None:
         optimizer = steepest.create(name, model)
         for batch in problems.batches():
             problems.backward(model, batch)
+            sample(optimizer)
             optimizer.step()
         results.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

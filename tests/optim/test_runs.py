@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine import (
     OPTIONS,
     assert_same_bits,
     moved_alike,
+    sample,
     shapes_of,
     train,
 )
@@ -25,12 +27,70 @@ from steepest.optim import buckets, stepping
 
 PER_RUN: dict[str, dict[str, Any]] = {
     "sgd": {},
+    "lars": {"momentum": [0.8, 0.9, 0.95], "trust_coefficient": [1e-3, 1e-2, 0.1]},
+    "signsgd": {},
     "signum": {"momentum": [0.8, 0.9, 0.95]},
     "lion": {"betas": (0.9, [0.95, 0.98, 0.99])},
     "adamw": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99]), "eps": [1e-8, 1e-6, 1e-4]},
+    "adam": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
+    "nadam": {"momentum_decay": [0.0, 4e-3, 0.5]},
+    "nadamw": {"betas": ([0.8, 0.9, 0.95], 0.99), "momentum_decay": [0.0, 4e-3, 0.5]},
+    "adagrad": {"initial_accumulator": [0.0, 0.1, 1.0]},
+    "adagrad_norm": {"initial_accumulator": [0.01, 0.1, 1.0]},
+    "rmsprop": {"alpha": [0.9, 0.95, 0.99], "momentum": [0.5, 0.9, 0.95]},
+    "radam": {"betas": (0.9, [0.5, 0.9, 0.95])},
+    "adabelief": {"betas": (0.9, [0.5, 0.9, 0.95])},
+    "laprop": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
+    "diffgrad": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
     "adafactor": {"clip_threshold": [0.5, 1.0, 2.0], "decay_rate": [0.7, 0.8, 0.9]},
+    "d_muon": {"momentum": [0.8, 0.9, 0.95], "adam_betas": ([0.8, 0.9, 0.95], 0.95)},
+    "normuon": {"momentum": [0.8, 0.9, 0.95], "beta2": [0.8, 0.9, 0.95]},
+    "ortho_adam": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
+    "mudam": {"momentum": [0.8, 0.9, 0.95], "eps": [1e-5, 1e-4, 1e-3]},
+    "dion": {"momentum": [0.8, 0.9, 0.95]},
+    "scion": {"momentum": [0.1, 0.2, 0.5], "scale": [1.0, 2.0, 5.0]},
+    "scion_light": {"momentum": [0.1, 0.2, 0.5], "scale": [1.0, 2.0, 5.0]},
+    "rmnp": {"momentum": [0.8, 0.9, 0.95], "eps": [1e-12, 1e-2, 1.0]},
+    "swan": {"beta": [0.5, 0.6, 0.8], "scale": [0.05, 0.1, 0.2]},
+    "sinkgd": {"scale": [0.05, 0.1, 0.2], "eps": [1e-8, 1e-2, 1.0]},
+    "scale": {"momentum": [0.5, 0.8, 0.9], "eps": [1e-8, 1e-2, 1.0]},
     "muon": {"momentum": [0.8, 0.9, 0.95], "adam_betas": ([0.8, 0.9, 0.95], 0.95)},
     "soap": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
+    "shampoo": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99]), "eps": [1e-2, 1e-1, 1.0]},
+    "kron": {"precond_lr": [0.05, 0.1, 0.3], "precond_init_scale": [0.5, 1.0, 2.0]},
+    "cosmos": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99]), "gamma": [0.05, 0.1, 0.3]},
+    "sgg_adamw": {"betas": ([0.8, 0.9, 0.95], 0.99), "beta3": [0.5, 0.7, 0.9]},
+    "sgg_lamb": {"betas": (0.9, [0.9, 0.95, 0.99]), "scale_bound": (0.1, [1.5, 2.0, 10.0])},
+    "sgg_shampoo": {"betas": ([0.8, 0.9, 0.95], 0.99), "beta3": [0.5, 0.7, 0.9]},
+    "came": {"clip_threshold": [0.5, 1.0, 2.0], "betas": ([0.8, 0.9, 0.95], 0.99, 0.999)},
+    "adam_mini": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99]), "eps": [1e-8, 1e-6, 1e-4]},
+    "adam8bit": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
+    "lion8bit": {"betas": (0.9, [0.95, 0.98, 0.99])},
+    "sophia_g": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99]), "rho": [0.01, 0.1, 1.0]},
+    "prodigy": {"d0": [1e-4, 1e-3, 1e-2], "growth_rate": [1.1, 1.5, math.inf]},
+    "schedulefree_adamw": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99]), "r": [0.0, 1.0, 2.0]},
+    "schedulefree_sgd": {"momentum": [0.8, 0.9, 0.95], "weight_lr_power": [0.0, 1.0, 2.0]},
+    "adamp": {"delta": [0.1, 1.0, 10.0], "wd_ratio": [0.1, 0.5, 1.0]},
+    "adan": {"betas": (0.98, [0.8, 0.9, 0.95], 0.99)},
+    "adopt": {"betas": ([0.8, 0.9, 0.95], 0.99), "eps": [1e-6, 1e-3, 1e-1]},
+    "ademamix": {"alpha": [1.0, 2.0, 8.0], "betas": (0.9, 0.99, [0.9, 0.99, 0.999])},
+    "lamb": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
+    "novograd": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
+    "exadam": {"betas": ([0.8, 0.9, 0.95], [0.9, 0.95, 0.99])},
+    "scaled_adam": {"scale_lr": [0.01, 0.1, 1.0], "max_rms": [0.1, 0.5, 3.0]},
+    "stable_spam": {"gammas": ([0.5, 0.7, 0.9], 0.9, [0.9, 0.99, 0.999])},
+    "mars_adamw": {"betas": ([0.8, 0.9, 0.95], 0.99), "gamma": [0.0, 0.025, 0.1]},
+    "mars_lion": {"momentum": [0.8, 0.9, 0.95], "gamma": [0.0, 0.025, 0.1]},
+    "mars_shampoo": {"momentum": [0.8, 0.9, 0.95], "gamma": [0.0, 0.025, 0.1]},
+    "galore_adamw": {"scale": [0.2, 0.5, 1.0], "betas": ([0.8, 0.9, 0.95], 0.95)},
+    "galore_adafactor": {"scale": [0.2, 0.5, 1.0], "decay_rate": [0.7, 0.8, 0.9]},
+    "galore_adamw8bit": {"scale": [0.2, 0.5, 1.0], "betas": ([0.8, 0.9, 0.95], 0.95)},
+    "fira": {"scale": [0.2, 0.5, 1.0], "growth_limit": [1.01, 1.1, 2.0]},
+    "conda": {"scale": [0.2, 0.5, 1.0], "betas": ([0.8, 0.9, 0.95], 0.95)},
+    "apollo": {"scale": [0.2, 0.5, 1.0], "growth_limit": [1.01, 1.1, 2.0]},
+    "apollo_mini": {"betas": ([0.8, 0.9, 0.95], 0.95), "eps": [1e-8, 1e-6, 1e-4]},
+    "q_apollo": {"scale": [0.2, 0.5, 1.0], "growth_limit": [1.01, 1.1, 2.0]},
+    "q_galore": {"scale": [0.2, 0.5, 1.0], "betas": ([0.8, 0.9, 0.95], 0.95)},
 }
 
 
@@ -68,7 +128,7 @@ def test_runs_together_are_runs_apart(
     start = [problems.parameters(torch.float64, shapes, seed=run) for run in range(3)]
     together = [nn.Parameter(torch.stack([p.detach() for p in ps])) for ps in zip(*singles)]  # noqa: B905
     fixed = {"compile": False, **OPTIONS.get(name, {})}
-    if name == "muon":
+    if "ns_dtype" in steepest.describe(name).hyperparameters:
         fixed["ns_dtype"] = "float64"
     optimizer = steepest.create(
         name,
@@ -84,9 +144,11 @@ def test_runs_together_are_runs_apart(
     for grads in zip(*streams, strict=True):
         for p, gs in zip(together, zip(*grads, strict=True), strict=True):
             p.grad = torch.stack(gs).double()
+        sample(optimizer)
         optimizer.step()
         for ps, gs, single in zip(singles, grads, apart, strict=True):
             problems.set_gradients(ps, gs)
+            sample(single)
             single.step()
     for run, ps in enumerate(singles):
         for a, b, p0 in zip(together, ps, start[run], strict=True):

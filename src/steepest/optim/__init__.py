@@ -4,6 +4,7 @@ from steepest.optim.catalogue import Description, describe, names
 from steepest.optim.create import create
 from steepest.optim.live import Hyper
 from steepest.optim.optimizer import Optimizer
+from steepest.optim.presets import presets
 from steepest.optim.roles import NamedRole, Role, roles
 from steepest.optim.rule import Rule, State, Wrapper, ema
 
@@ -20,5 +21,6 @@ __all__ = [
     "describe",
     "ema",
     "names",
+    "presets",
     "roles",
 ]

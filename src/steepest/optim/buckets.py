@@ -71,7 +71,7 @@ class Bucket(ABC):
     def scatter(self, inputs: Inputs) -> None:
         """Write stepped parameters back where `gather` made copies of them."""
         for piece, target in zip(self.pieces, inputs.targets, strict=True):
-            if not piece.plain:
+            if not piece.in_place:
                 piece.write(target)
 
     def scatter_grads(self, inputs: Inputs) -> None:
@@ -97,7 +97,7 @@ class Bucket(ABC):
 
     def values(self) -> list[Tensor]:
         """Return what receives the new parameters; copies where they are not in one place."""
-        return [p.value() if p.plain or not p.whole else _own(p.value()) for p in self.pieces]
+        return [p.value() if p.in_place else _own(p.value()) for p in self.pieces]
 
 
 class Separate(Bucket):
@@ -114,9 +114,6 @@ class Separate(Bucket):
         targets = self.values()
         seen = [piece.grad() for piece in self.pieces] if grads else [unread(t) for t in targets]
         return Inputs(seen, targets, self.states, targets)
-
-    def scatter(self, inputs: Inputs) -> None:
-        """Nothing: shards and whole parameters are stepped in place."""
 
 
 class Joined(Bucket):
@@ -205,7 +202,7 @@ def _joins(rule: Rule, p: Tensor, runs: int | None) -> bool:
     one = torch.empty(p.shape[1:] if runs else p.shape, device="meta")
     return (
         rule.elementwise
-        and not rule.draws
+        and not (rule.draws or rule.whole)
         and all(value.shape == one.shape for value in rule.init(one).values())
     )
 

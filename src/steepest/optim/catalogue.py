@@ -12,22 +12,80 @@ from steepest.optim.hyperparameters import MEANINGS
 from steepest.optim.recipe import Recipe
 from steepest.optim.roles import Role
 from steepest.optim.rule import Rule, Wrapper
-from steepest.optim.rules import adam, factored, kronecker, orthogonal, sgd, sign
-from steepest.optim.rules.wrappers import Cautious
+from steepest.optim.rules import (
+    adam,
+    adam_by_tensor,
+    adam_variants,
+    adaptive,
+    curvature,
+    eight_bit,
+    factored,
+    grouping,
+    hybrid,
+    kronecker,
+    light,
+    lowrank,
+    normalised,
+    orthogonal,
+    projected,
+    psgd,
+    sgd,
+    shampoo,
+    sign,
+    spectral,
+    tuning_free,
+    variance_reduced,
+)
+from steepest.optim.rules.eight_bit import Quantised
+from steepest.optim.rules.wrappers import (
+    AdaptiveClipping,
+    Cautious,
+    GrowthLimiter,
+    Kahan,
+    Lookahead,
+    StochasticRounding,
+)
 
 FAMILIES: tuple[tuple[Recipe, ...], ...] = (
     sgd.RECIPES,
     sign.RECIPES,
     adam.RECIPES,
+    adaptive.RECIPES,
+    adam_variants.RECIPES,
+    adam_by_tensor.RECIPES,
     factored.RECIPES,
+    light.RECIPES,
+    eight_bit.RECIPES,
     orthogonal.RECIPES,
+    spectral.RECIPES,
+    normalised.RECIPES,
     kronecker.RECIPES,
+    shampoo.RECIPES,
+    psgd.RECIPES,
+    hybrid.RECIPES,
+    grouping.RECIPES,
+    lowrank.RECIPES,
+    projected.RECIPES,
+    curvature.RECIPES,
+    tuning_free.RECIPES,
+    variance_reduced.RECIPES,
 )
 """The recipes of each file of rules, in the order of the catalogue."""
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for family in FAMILIES for recipe in family}
 
-WRAPPERS: dict[str, type[Wrapper]] = {"cautious": Cautious}
+WRAPPERS: dict[str, type[Wrapper]] = {
+    wrapper.prefix: wrapper
+    for wrapper in (
+        Cautious,
+        Lookahead,
+        GrowthLimiter,
+        AdaptiveClipping,
+        Quantised,
+        StochasticRounding,
+        Kahan,
+    )
+}
 """What `create(wrap=...)` puts around a rule."""
 
 

@@ -77,7 +77,8 @@ def create(
             group |= _layout(named, rule if part is None else part.rule)
             if part is None and found.adapt is not None:
                 for _, tensor in _tensors(params):
-                    group |= {**found.adapt(named, tensor), **_given(rule, hyperparameters)}
+                    adapted = found.adapt(named, tensor)
+                    group |= {k: v for k, v in adapted.items() if _is_default(rule, group, k)}
             if named.role not in decayed:
                 group["weight_decay"] = 0.0
         # A caller's own groups stay as they are; single parameters are gathered.
@@ -85,7 +86,7 @@ def create(
         own = (decays, *sorted(map(repr, group.items())))
         key: Hashable = index if extra is not None else own
         groups.setdefault(key, {**group, **(extra or {}), "params": []})["params"].extend(params)
-    rules = {label: rule} | {_label(found, part): part.rule for part in found.parts}
+    rules = {label: rule} | {_label(found, p): _stored(p.rule, wrap) for p in found.parts}
     return Optimizer(
         list(groups.values()), rules, runs=runs, compile=compile, seed=seed, nonfinite=nonfinite
     )
@@ -104,6 +105,13 @@ def _wrapped(found: Recipe, wrap: Sequence[str]) -> tuple[Rule, str]:
     return rule, " ".join([*reversed(wrap), found.name])
 
 
+def _stored(rule: Rule, wrap: Sequence[str]) -> Rule:
+    """Return the rule of a part, stored as the main one."""
+    for wrapper in wrap:
+        rule = WRAPPERS[wrapper](inner=rule) if WRAPPERS[wrapper].stores else rule
+    return rule
+
+
 def _check_names(found: Recipe, rule: Rule, given: Mapping[str, Any]) -> None:
     valid = found.hyperparameters() | rule.hyperparameters()
     for part in found.parts:
@@ -111,6 +119,11 @@ def _check_names(found: Recipe, rule: Rule, given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in valid:
             raise TypeError(str(unknown(f"hyperparameter of {found.name}", name, valid)))
+
+
+def _is_default(rule: Rule, given: Mapping[str, Any], name: str) -> bool:
+    default = rule.hyperparameters()[name]
+    return bool(given.get(name, default) == default)
 
 
 def _given(rule: Rule, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,9 +26,10 @@ class Limits:
 
     low: float = 0.0
     high: float = math.inf
+    finite: bool = True
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high
+        return self.low <= value < self.high or (value == math.inf and not self.finite)
 
     def __str__(self) -> str:
         return f"at least {self.low:g}" + (
@@ -40,43 +41,71 @@ FRACTION = Limits(high=1.0)
 COUNT = Limits(low=1)
 LIMITS = {
     "betas": FRACTION,
+    "gammas": FRACTION,
+    "alpha_warmup": COUNT,
+    "beta3_warmup": COUNT,
     "beta1": FRACTION,
+    "beta2": FRACTION,
+    "iterations": COUNT,
     "momentum": FRACTION,
     "shampoo_beta": FRACTION,
     "ns_steps": COUNT,
     "update_interval": COUNT,
     "max_precond_dim": COUNT,
+    "max_size_triangular": COUNT,
+    "start_preconditioning_step": COUNT,
+    "n_clusters": Limits(low=1, high=257),
+    "recluster_interval": COUNT,
+    "beta3": FRACTION,
+    "lookahead_update_interval": COUNT,
+    "growth_limit": Limits(low=1.0),
+    "growth_rate": Limits(low=1.0, finite=False),
+    "block_size": COUNT,
+    "rank": COUNT,
+    "projection_bits": Limits(low=1, high=9),
+    "group_size": COUNT,
 }
 """Limits by name; other numbers are at least 0 and finite."""
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""The values of hyperparameters whose name ends in dtype; others are made by `rule.one_of`."""
 
 
-def normal(rule: str, name: str, value: Any, default: Any, runs: int | None) -> Any:
+def normal(
+    rule: str,
+    name: str,
+    value: Any,
+    default: Any,
+    runs: int | None,
+    *,
+    choices: tuple[str, ...] = (),
+) -> Any:
     """Return a hyperparameter in the form of its default: 1 is 1.0, a list is a tuple.
 
-    With `runs`, a float may be a 1-D tensor of that many values. Raises UserError where the value
-    is of another kind than the default, or out of its limits.
+    With `runs`, a float may be a 1-D tensor of that many values. `choices` are the values that a
+    text may have, if it may not have any. Raises UserError where the value is of another kind than
+    the default, or out of its limits.
     """
+    choices = DTYPES if name.endswith("dtype") else choices
     if isinstance(default, tuple):
         if isinstance(value, (list, tuple)) and len(value) == len(default):
             pairs = zip(value, default, strict=True)
             return tuple(normal(rule, name, v, d, runs) for v, d in pairs)
     elif isinstance(default, (bool, str)):
-        if type(value) is type(default) and (value in DTYPES or not name.endswith("dtype")):
+        if type(value) is type(default) and (not choices or value in choices):
             return value
-    elif isinstance(default, int):
+    elif default is None and (value is None or value in choices):
+        return value
+    elif isinstance(default, int) or (default is None and LIMITS.get(name) is COUNT):
         if type(value) is int:
             return int(_limited(rule, name, value))
-    elif value is None and default is None:
-        return None
     elif isinstance(value, Tensor) and value.ndim == 1:
         return _per_run(rule, name, value, runs)
     elif not isinstance(value, bool) and (
         isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0)
     ):
         return _limited(rule, name, float(value))
-    kind = f"one of {', '.join(DTYPES)}" if name.endswith("dtype") else f"like {default!r}"
+    kind = f"one of {', '.join(choices)}" if choices else f"like {default!r}"
     raise UserError(f"{name} of {rule} is {value!r}, but it must be {kind}.")
 
 

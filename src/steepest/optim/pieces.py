@@ -1,13 +1,14 @@
 """What is stepped of a parameter: all of it, a block of a fused matrix, or a sharded one's part.
 
-Elementwise rules step a parameter of FSDP2 (a DTensor) where its shards are. For other rules every
-process gathers it and its gradient, makes the same whole step, and keeps its own shard of the
-result: the same numbers as in one process, for the memory and time of not sharing that work.
+Elementwise rules step a parameter of FSDP2 (a DTensor) where its shards are. For other rules, and
+for those that draw random numbers, every process gathers it and its gradient, makes the same whole
+step, and keeps its own shard of the result: the same numbers as in one process, for the memory and
+time of not sharing that work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,17 +40,26 @@ class Piece:
     """What is added to the names of its state in `optimizer.state`."""
 
     @property
-    def plain(self) -> bool:
-        """Whether the piece is the parameter itself."""
-        cut = self.rows is not None or self.member is not None or self.transposed
-        return not cut and not isinstance(self.param, DTensor)
+    def cut(self) -> bool:
+        """Whether the piece is a part or a transpose of what its process has of the parameter."""
+        return self.rows is not None or self.member is not None or self.transposed
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a step of `value` is one of the parameter: it is all of it, or all of a shard."""
+        return not self.cut and not (self.whole and isinstance(self.param, DTensor))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of `value`, without gathering it."""
+        local = self.param.to_local() if isinstance(self.param, DTensor) else self.param
+        shape = self.param.shape if self.whole else local.shape
+        return self._cut(torch.empty(shape, device="meta")).shape
 
     @property
     def sharding(self) -> Sharding | None:
         """The mesh and placements of a local shard, None for what every process has whole."""
-        if isinstance(self.param, DTensor) and not self.whole:
-            return self.param.device_mesh, tuple(self.param.placements)
-        return None
+        return None if self.whole else _sharding(self.param)
 
     def value(self) -> Tensor:
         """Return the piece's values: a view, or a copy where they had to be gathered."""
@@ -62,21 +72,29 @@ class Piece:
 
     def write(self, new: Tensor) -> None:
         """Store new values of the piece in the parameter."""
-        if isinstance(self.param, DTensor) and self.whole:
-            mesh, placements = self.param.device_mesh, self.param.placements
-            everywhere = [Replicate()] * mesh.ndim
-            shared = DTensor.from_local(new, mesh, everywhere, run_check=False)
-            self.param.to_local().copy_(shared.redistribute(placements=placements).to_local())
-        else:
-            self.value().copy_(new)
+        self._put(self.param, new)
 
     def write_grad(self, new: Tensor) -> None:
         """Store what is left in the gradient's buffer."""
-        self.grad().copy_(new)
+        assert self.param.grad is not None
+        self._put(self.param.grad, new)
+
+    def _put(self, tensor: Tensor, new: Tensor) -> None:
+        if not (self.whole and isinstance(tensor, DTensor)):
+            self._of(tensor).copy_(new)
+            return
+        if self.cut:  # The rest of the parameter stays as it is.
+            everything = tensor.full_tensor()
+            self._cut(everything).copy_(new)
+            new = everything
+        tensor.to_local().copy_(sharded(new, tensor).to_local())
 
     def _of(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor() if self.whole else tensor.to_local()
+        return self._cut(tensor)
+
+    def _cut(self, tensor: Tensor) -> Tensor:
         if self.member is not None:
             tensor = tensor[self.member]
         if self.transposed:
@@ -92,21 +110,16 @@ def pieces_of(rule: Rule, params: Sequence[Tensor], group: Mapping[str, Any]) ->
     Raises UserError where the blocks that the group names are not the rows of a matrix.
     """
     if rule.elementwise:
-        return [Piece(p, whole=False) for p in params]
-    found = [piece for p in params for piece in _cut(rule, p, group)]
-    for piece in found:
-        if isinstance(piece.param, DTensor) and piece.suffix:
-            raise UserError(
-                f"A sharded matrix of shape {tuple(piece.param.shape)} cannot be stepped block by "
-                "block; keep query, key, value and experts as matrices of their own."
-            )
-    return found
+        # Random numbers are those of an element's place in the whole parameter.
+        return [Piece(p, whole=rule.draws or rule.whole) for p in params]
+    return [piece for p in params for piece in _cut(rule, p, group)]
 
 
 def _cut(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> list[Piece]:
+    turned = bool(group.get("transposed"))
     if group.get("bank") and p.ndim == 3:
-        return [Piece(p, member=i, suffix=f".{i}") for i in range(p.shape[0])]
-    split, turned = group.get("split"), bool(group.get("transposed")) and p.ndim == 2
+        return [Piece(p, member=i, transposed=turned, suffix=f".{i}") for i in range(p.shape[0])]
+    split, turned = group.get("split"), turned and p.ndim == 2
     if split is None or not rule.splits or p.ndim < 2:
         return [Piece(p, transposed=turned)]
     total = p.shape[1] if turned else p.shape[0]
@@ -145,13 +158,42 @@ def shown(piece: Piece, state: State) -> State:
     }
 
 
+def sharded(value: Tensor, like: DTensor) -> DTensor:
+    """Return a tensor that every process has whole, sharded as `like`."""
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    whole = DTensor.from_local(value, like.device_mesh, everywhere, run_check=False)
+    return whole.redistribute(placements=like.placements)
+
+
+def full(value: Tensor) -> Tensor:
+    """Return a tensor that every process has whole."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def copy_to(target: Tensor, value: Tensor) -> None:
+    """Copy values in place, where target and value may each be sharded or whole."""
+    if isinstance(target, DTensor) and not isinstance(value, DTensor):
+        value = sharded(value.to(target.device), target)
+    elif isinstance(value, DTensor) and not isinstance(target, DTensor):
+        value = value.full_tensor()
+    target.copy_(value)
+
+
 def unsharded(value: Tensor) -> Tensor:
     """Return the local part of a tensor that may be sharded."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def added_up(value: Tensor, sharding: Sharding | None) -> Tensor:
-    """Return a sum over all shards from the sum over the local one."""
+def added_up(sums: Mapping[Sharding | None, Tensor]) -> Tensor:
+    """Return a sum over all shards from the local sums by sharding, None for unsharded tensors.
+
+    One exchange per sharding, since how many buckets the shards fill differs between processes.
+    """
+    totals = [_everywhere(value, sharding) for sharding, value in sums.items()]
+    return torch.stack([t.to(totals[0].device) for t in totals]).sum(0)
+
+
+def _everywhere(value: Tensor, sharding: Sharding | None) -> Tensor:
     if sharding is None:
         return value
     mesh, placements = sharding
@@ -160,6 +202,20 @@ def added_up(value: Tensor, sharding: Sharding | None) -> Tensor:
     return whole
 
 
-def full(value: Tensor) -> Tensor:
-    """Return a tensor that every process has whole."""
-    return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+def anywhere(tensors: Iterable[Tensor], is_so: Callable[[Tensor], Tensor]) -> bool:
+    """Say whether something is so of a largest magnitude (NaN above all), in any process."""
+    alike: dict[Sharding | None, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(_sharding(tensor), []).append(unsharded(tensor))
+    found = {}
+    for sharding, local in alike.items():
+        some = [tensor for tensor in local if tensor.numel()]
+        largest = torch.nn.utils.get_total_norm(some, torch.inf).to(local[0].device)
+        found[sharding] = is_so(largest).to(torch.float32)
+    return bool(found) and bool(added_up(found) > 0)
+
+
+def _sharding(tensor: Tensor) -> Sharding | None:
+    if isinstance(tensor, DTensor):
+        return tensor.device_mesh, tuple(tensor.placements)
+    return None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from steepest.optim import buckets, hyperparameters, stepping
 from steepest.optim.buckets import Bucket, Keys
 from steepest.optim.hyperparameters import is_zero
 from steepest.optim.live import Layout, is_live
-from steepest.optim.pieces import pieces_of, shown, unsharded
+from steepest.optim.pieces import Piece, copy_to, pieces_of, shown
 from steepest.optim.rule import Extra, Rule, State, overrides
 from steepest.optim.turns import Turn
 
@@ -36,6 +36,8 @@ class Plan:
     buckets: list[Bucket]
     compiled: bool
     runs: int | None
+    harmless: set[frozenset[str]] = field(default_factory=set)
+    """Hyperparameters that became zero, or no longer are, and were found to leave the state be."""
 
     @classmethod
     def of(
@@ -52,7 +54,8 @@ class Plan:
         rule = base.replace(**{name: group[name] for name in base.hyperparameters()})
         values = stepping.values_of(rule, group)
         memory = _initial_memory(rule, runs)
-        layout = Layout.of(stepping.with_scalars(rule, values, 1, memory, runs))
+        first = stepping.remembered(rule, values, 1, memory, runs)
+        layout = Layout.of(stepping.with_scalars(rule, values, 1, first, runs))
         layout = layout.with_single(rule.shared())
         live = {k: v for k, v in base.hyperparameters().items() if k in values and is_live(v)}
         pieces = pieces_of(rule, group["params"], group)
@@ -66,9 +69,8 @@ class Plan:
             runs,
         )
         fresh: dict[Tensor, State] = {}
-        for bucket in plan.buckets:
-            for index, piece in enumerate(bucket.pieces):
-                fresh.setdefault(piece.param, {}).update(shown(piece, bucket.views(index)))
+        for piece, own in plan.pieces():
+            fresh.setdefault(piece.param, {}).update(shown(piece, own))
         for p, views in fresh.items():
             _adopt(group["rule"], p, views, memory, state)
         return plan
@@ -81,6 +83,12 @@ class Plan:
     def values(self) -> dict[str, Any]:
         """Return the live hyperparameters, as the group has them now."""
         return stepping.values_of(self.rule, self.group)
+
+    def pieces(self) -> Iterator[tuple[Piece, State]]:
+        """Yield every piece with its state."""
+        for bucket in self.buckets:
+            for index, piece in enumerate(bucket.pieces):
+                yield piece, bucket.views(index)
 
     def due(self, state: States) -> list[Turn]:
         """Return the parameters that have a gradient, by the number of the step they now take.
@@ -121,10 +129,13 @@ class Plan:
             for index, piece in enumerate(bucket.pieces):
                 own = state[piece.param]
                 if chosen(own, piece.param):
-                    memory = tuple((name, own[name]) for name in self.rule.memory())
-                    at.setdefault((own["step"] + ahead, memory), []).append(index)
-            for (step, memory), indices in at.items():
-                turns.append(Turn.of(self, bucket, indices, step, dict(memory)))
+                    held = tuple((name, own[name]) for name in self.rule.memory())
+                    at.setdefault((own["step"] + ahead, held), []).append(index)
+            for (step, held), indices in at.items():
+                memory = dict(held)
+                if ahead:
+                    memory = stepping.remembered(self.rule, self.values(), step, memory, self.runs)
+                turns.append(Turn.of(self, bucket, indices, step, memory))
         return turns
 
     def _count(self, values: Mapping[str, Any], p: Tensor, own: dict[str, Any]) -> None:
@@ -148,25 +159,28 @@ class Plan:
         for name, value in planned.items():
             now = group[name]
             if type(now) is not float or type(value) is not float or not math.isfinite(now):
-                now = hyperparameters.normal(group["rule"], name, now, value, self.runs)
+                label, choices = group["rule"], self.rule.choices(name)
+                now = hyperparameters.normal(label, name, now, value, self.runs, choices=choices)
                 group[name] = now
             if is_zero(now) != is_zero(value):
                 flipped[name] = now
-        if flipped and self._state_names(self.rule) != self._state_names(
-            self.rule.replace(**flipped)
-        ):
-            name, now = next(iter(flipped.items()))
-            raise UserError(
-                f"{name} of a parameter group went from {planned[name]} to {now}, but it decides "
-                "what state is kept; make a new optimizer."
-            )
+        if flipped and frozenset(flipped) not in self.harmless:
+            if self._state_names(self.rule) != self._state_names(self.rule.replace(**flipped)):
+                name, now = next(iter(flipped.items()))
+                raise UserError(
+                    f"{name} of a parameter group went from {planned[name]} to {now}, but it "
+                    "decides what state is kept; make a new optimizer."
+                )
+            self.harmless.add(frozenset(flipped))
         return group is self.group and all(
-            is_live(group[name]) if is_live(value) else group[name] == value
+            is_live(group[name])
+            if is_live(value) and name not in self.rule.fixed
+            else group[name] == value
             for name, value in planned.items()
         )
 
     def _state_names(self, rule: Rule) -> set[str]:
-        shape = self.buckets[0].pieces[0].value().shape if self.buckets else (1, 1)
+        shape = self.buckets[0].pieces[0].shape if self.buckets else (1, 1)
         return set(rule.init(torch.empty(shape, device="meta")))
 
 
@@ -183,8 +197,11 @@ def _adopt(
 ) -> None:
     """Make the bucket's state the parameter's, with the values of what was there before."""
     known: dict[str, Any] = state.get(param, {})
-    held = {name: value for name, value in known.items() if isinstance(value, Tensor)}
-    held.pop("step", None)
+    held = {
+        name: value
+        for name, value in known.items()
+        if isinstance(value, Tensor) and name != "step" and name not in memory
+    }
     if known and {k: v.shape for k, v in held.items()} != {k: v.shape for k, v in views.items()}:
         raise UserError(
             f"The state of a parameter of shape {tuple(param.shape)} holds {_describe(held)}, but "
@@ -192,10 +209,15 @@ def _adopt(
             "hyperparameters, or another model."
         )
     for name, value in held.items():
-        unsharded(views[name]).copy_(unsharded(value))
-    # A distributed checkpoint brings the count back as a tensor.
+        copy_to(views[name], value)
+    # A distributed checkpoint brings numbers back as tensors, and tuples as lists.
     counts = {"step": int(known.get("step", 0))}
-    state[param] = {**counts, **{k: known.get(k, v) for k, v in memory.items()}, **views}
+    sums = {name: _numbers(known.get(name, value)) for name, value in memory.items()}
+    state[param] = {**counts, **sums, **views}
+
+
+def _numbers(value: Any) -> Any:
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
 
 
 def _describe(state: Mapping[str, Tensor]) -> str:

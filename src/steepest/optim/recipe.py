@@ -19,14 +19,14 @@ MATRICES = frozenset({Role.HIDDEN, Role.EMBEDDING, Role.HEAD})
 class Part:
     """A rule for some roles beside the recipe's main one.
 
-    Its hyperparameters have `prefix` and an underscore before their names. Those of a part that
-    `follows` take the main rule's value unless they are given under that name.
+    Its hyperparameters have `prefix` and an underscore before their names. Those that it `follows`,
+    all of them or some by name, take the main rule's value unless they are given under that name.
     """
 
     prefix: str
     roles: frozenset[Role]
     rule: Rule
-    follows: bool = False
+    follows: bool | frozenset[str] = False
 
     def hyperparameters(self, main: Rule) -> dict[str, Any]:
         """Return the hyperparameters that are the part's own, under their prefixed names."""
@@ -34,7 +34,7 @@ class Part:
         return {
             f"{self.prefix}_{name}": value
             for name, value in mine.items()
-            if not self.follows or name not in theirs or value != theirs[name]
+            if not self._follows(name) or name not in theirs or value != theirs[name]
         }
 
     def given(self, main: Rule, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,9 +43,12 @@ class Part:
         for name in self.rule.hyperparameters():
             if (own := f"{self.prefix}_{name}") in values:
                 found[name] = values[own]
-            elif self.follows and name in values and own not in self.hyperparameters(main):
+            elif self._follows(name) and name in values and own not in self.hyperparameters(main):
                 found[name] = values[name]
         return found
+
+    def _follows(self, name: str) -> bool:
+        return self.follows if isinstance(self.follows, bool) else name in self.follows
 
 
 @dataclass(frozen=True)

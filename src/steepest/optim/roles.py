@@ -20,6 +20,9 @@ INTERLEAVED_NAMES = frozenset({"query_key_value"})
 """Layers that mix them in an order that differs between models."""
 QUERY_KEY_NAMES = frozenset({"q_proj", "k_proj", "wq", "wk", "query", "key", "to_q", "to_k"})
 
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+"""Attributes that give the number of attention heads."""
+
 
 class Role(StrEnum):
     """What a parameter is in the model."""
@@ -47,7 +50,8 @@ class NamedRole:
     bank: bool = False
     """A stack of matrices, [count, out, in], as of experts."""
     heads: int | None = None
-    """Number of attention heads in the rows of a query or key matrix."""
+    """Number of attention heads in the rows of a query or key matrix (of the query block of a fused
+    one), 0 where nothing tells, None for any other parameter."""
     doubt: str = ""
     """A sentence on what could be otherwise, empty if nothing is."""
 
@@ -58,7 +62,7 @@ def roles(
     """Return the role of every parameter that requires a gradient, by name, with the reason.
 
     The type of the module that owns a parameter decides: `nn.Embedding` is an embedding; anything
-    of fewer than two dimensions is a vector; the head is the matrix of the module that
+    of fewer than two dimensions, and a stack of biases, is a vector; the head is the matrix that
     `model.get_output_embeddings()` returns, or, where the model does not say, of one called like an
     output layer (`lm_head`, `head`, `output`, ...) that is not part of a numbered layer; every
     other matrix is hidden. A parameter shared by an embedding and a head counts once, as an
@@ -69,12 +73,15 @@ def roles(
     Raises UserError for a pattern that matches no parameter, or an unknown role.
     """
     found: dict[int, tuple[str, NamedRole]] = {}
+    # The largest table is the vocabulary's; a matrix may well have as many rows as there are places.
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    vocabulary = max(tables, default=0)
     output = _output(model)
     for path, module, parent in _modules(model):
         for name, parameter in module.named_parameters(recurse=False):
             role = _role(_Place(path, name, module, parent, parameter), output)
-            if role.role is Role.HIDDEN and parameter.ndim == 2 and parameter.shape[0] in tables:
+            sizes = parameter.shape[::-1] if role.transposed else parameter.shape
+            if role.role is Role.HIDDEN and parameter.ndim == 2 and sizes[0] == vocabulary:
                 role = dataclasses.replace(
                     role, doubt="it has as many rows as an embedding, like an output layer"
                 )
@@ -152,6 +159,8 @@ class _Place:
 def _role(place: _Place, output: nn.Module | None) -> NamedRole:
     if place.parameter.ndim < 2:
         return NamedRole(Role.VECTOR, f"{place.parameter.ndim} dimensions")
+    if place.name == "bias" or place.name.endswith("_bias"):
+        return NamedRole(Role.VECTOR, f"biases of a {place.kind}")
     if isinstance(place.module, (nn.Embedding, nn.EmbeddingBag)):
         return NamedRole(Role.EMBEDDING, f"weight of a {place.kind}")
     if place.module is output:
@@ -170,8 +179,14 @@ def _hidden(place: _Place) -> NamedRole:
     if "emb" in sound or "pos" in place.name.lower():
         return dataclasses.replace(hidden, doubt="its name sounds like an embedding's")
     if p.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-        return NamedRole(Role.HIDDEN, f"{p.shape[0]} matrices of a {place.kind}", bank=True)
-    if place.kind == "Conv1D" and hasattr(module, "nf"):
+        # transformers marks experts that are stored [count, in, out].
+        turned = getattr(module, "is_transposed", False) is True
+        reason = f"{p.shape[0]} matrices of a {place.kind}"
+        return NamedRole(Role.HIDDEN, reason, bank=True, transposed=turned)
+    if p.ndim == 2 and not place.name.endswith("weight"):
+        return dataclasses.replace(hidden, doubt="it is no layer's weight, so it may be no matrix")
+    # By name, as transformers may be missing; FSDP2 makes sub-classes of what it shards.
+    if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
         hidden = dataclasses.replace(hidden, transposed=True)
     rows, columns = (p.shape[1], p.shape[0]) if hidden.transposed else p.shape[:2]
     if isinstance(module, nn.MultiheadAttention) and place.name == "in_proj_weight":
@@ -182,7 +197,7 @@ def _hidden(place: _Place) -> NamedRole:
         doubt = "how it mixes query, key and value is unknown, so it stays one matrix"
         hidden = dataclasses.replace(hidden, doubt=doubt)
     elif place.leaf in QUERY_KEY_NAMES:
-        hidden = dataclasses.replace(hidden, heads=_heads(place.leaf, rows, place.parent))
+        hidden = dataclasses.replace(hidden, heads=_heads(place.leaf, rows, place.parent) or 0)
     return hidden
 
 
@@ -190,7 +205,7 @@ def _named_fused(
     hidden: NamedRole, path: str, rows: int, columns: int, parent: nn.Module | None
 ) -> NamedRole:
     size = _attribute(parent, "head_dim", "head_size")
-    heads = _attribute(parent, "num_heads", "num_attention_heads", "n_head", "heads")
+    heads = _attribute(parent, *HEAD_COUNTS)
     if rows == 3 * columns:
         return _fused(hidden, (columns,) * 3, heads)
     if heads and size and (rows - heads * size) % 2 == 0 and rows > heads * size:
@@ -198,6 +213,7 @@ def _named_fused(
         return _fused(hidden, (heads * size, rest, rest), heads)
     return dataclasses.replace(
         hidden,
+        heads=0,
         doubt=f"{path} sounds like query, key and value in one, but their sizes are unknown, so it "
         "stays one matrix",
     )
@@ -205,7 +221,7 @@ def _named_fused(
 
 def _fused(hidden: NamedRole, split: tuple[int, ...], heads: int | None) -> NamedRole:
     reason = f"{hidden.reason}: query, key and value, {', '.join(map(str, split))} rows"
-    return dataclasses.replace(hidden, split=split, heads=heads, reason=reason)
+    return dataclasses.replace(hidden, split=split, heads=heads or 0, reason=reason)
 
 
 def _heads(leaf: str, rows: int, parent: nn.Module | None) -> int | None:
@@ -214,7 +230,7 @@ def _heads(leaf: str, rows: int, parent: nn.Module | None) -> int | None:
         return rows // size if rows % size == 0 else None
     key = "k" in leaf
     names = ("num_key_value_heads", "num_kv_heads") if key else ()
-    return _attribute(parent, *names, "num_heads", "num_attention_heads", "n_head", "heads")
+    return _attribute(parent, *names, *HEAD_COUNTS)
 
 
 def _attribute(module: nn.Module | None, *names: str) -> int | None:

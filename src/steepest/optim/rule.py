@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from steepest.errors import UserError
 from steepest.optim.live import Hyper
 
 State = dict[str, Tensor]
@@ -29,6 +30,16 @@ def ema(average: Tensor, value: Tensor, beta: Tensor | float) -> Tensor:
     """Return beta * average + (1 - beta) * value, the exponential moving average after `value`."""
     moved: Tensor = average + (1 - beta) * (value - average)
     return moved
+
+
+def sign(value: Tensor) -> Tensor:
+    """Return -1, 0 or 1; what is not a number stays so, where torch.sign makes it 0."""
+    return torch.where(value.isnan(), value, value.sign())
+
+
+def one_of(*values: str) -> Any:
+    """Return a rule's field that holds one of these texts, the first by default."""
+    return dataclasses.field(default=values[0], metadata={"choices": values})
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,10 @@ class Rule:
     elementwise: ClassVar[bool] = False
     """Each element is updated from its own gradient and state alone, so shape does not matter."""
 
+    whole: ClassVar[bool] = False
+    """Though elementwise, its state is laid out by whole tensors, which are neither joined nor
+    sharded."""
+
     reads_param: ClassVar[bool] = True
     """`update` reads the parameter's values. Where False it gets NaN in the parameter's shape, and
     the engine saves a copy of the parameters."""
@@ -67,6 +82,10 @@ class Rule:
 
     averages: ClassVar[bool] = False
     """Evaluation uses other weights than training: those that `average` returns."""
+
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    """Float hyperparameters that are static although they are floats: read them from `self`. For
+    what decides at which steps work is done."""
 
     keeps_gradient: ClassVar[bool] = False
     """The gradient's buffer is the state: `update` returns what stays in it as "grad", to which new
@@ -155,12 +174,20 @@ class Rule:
         """
         return {}
 
+    def measures(self, step: int) -> bool:
+        """Say whether `measure` is due before this step (from 1) of a parameter."""
+        return True
+
     def measure(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> dict[str, Tensor]:
-        """Return 0-d partial sums, which are added up over all parameters before the step."""
+        """Return what is put together over all parameters before the step.
+
+        0-d partial sums are added up. 1-D values are put end to end, any number from a parameter:
+        for medians, of rules that are not elementwise.
+        """
         raise NotImplementedError
 
     def combine(self, sums: Mapping[str, Tensor], h: Hyper) -> dict[str, Tensor]:
-        """Return the new shared values, 0-d, from the sums; `h` holds the old ones."""
+        """Return the new shared values, 0-d, from what was measured; `h` holds the old ones."""
         raise NotImplementedError
 
     def wants(self, step: int) -> Extra | None:
@@ -186,6 +213,12 @@ class Rule:
         """Return every hyperparameter by name, `lr` and `weight_decay` first."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    def choices(self, name: str) -> tuple[str, ...]:
+        """Return the values that a field made by `one_of` may have, () for any other."""
+        field = type(self).__dataclass_fields__.get(name)
+        found: tuple[str, ...] = field.metadata.get("choices", ()) if field else ()
+        return found
+
     def replace(self, **values: Any) -> Self:
         """Return the rule with some hyperparameters changed."""
         return dataclasses.replace(self, **values)
@@ -195,28 +228,42 @@ class Rule:
 class Wrapper(Rule):
     """A rule around another: it sees the inner rule's direction before lr and decay.
 
-    Its hyperparameters and state are its own plus those of the inner rule, in one namespace. It
-    is what the inner rule is, and its own class variables add to that, but it is elementwise only
-    if both are. What it does not override, it does as the inner rule.
+    Its hyperparameters and state are its own plus those of the inner rule, in one namespace: an own
+    hyperparameter whose name the inner rule has is called <prefix>_<name>, and `own` finds the live
+    value of either. It is what the inner rule is, and its own class variables add to that, but it
+    is elementwise only if both are. What it does not override, it does as the inner rule.
     """
 
     lr: float = dataclasses.field(init=False, repr=False, default=0.0)
     weight_decay: float = dataclasses.field(init=False, repr=False, default=0.0)
     inner: Rule = dataclasses.field(kw_only=True)
 
+    prefix: ClassVar[str] = ""
+    stores: ClassVar[bool] = False
+    """It decides how the parameter is stored, so that nothing goes around it."""
+
     reads_param: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Take over what the inner rule is."""
+        """Take over what the inner rule is. Raises UserError where it can't go around it."""
         own, inner = type(self), self.inner
+        around: Rule = inner
+        while isinstance(around, Wrapper):
+            if around.stores:
+                raise UserError(f"{around.prefix} decides what is stored; name it last, and alone.")
+            if type(around) is own:
+                raise UserError(f"{self.prefix or own.__name__} is around the rule already.")
+            around = around.inner
         traits = {
             "elementwise": own.elementwise and inner.elementwise,
             "reads_param": own.reads_param or inner.reads_param,
             "draws": own.draws or inner.draws,
             "averages": own.averages or inner.averages,
             "splits": own.splits or inner.splits,
+            "whole": own.whole or inner.whole,
             "keeps_gradient": own.keeps_gradient or inner.keeps_gradient,
             "least_ndim": max(own.least_ndim, inner.least_ndim),
+            "fixed": own.fixed | inner.fixed,
         }
         for name, value in traits.items():
             object.__setattr__(self, name, value)
@@ -271,6 +318,10 @@ class Wrapper(Rule):
         """Do as the inner rule."""
         return self.inner.shared()
 
+    def measures(self, step: int) -> bool:
+        """Do as the inner rule."""
+        return self.inner.measures(step)
+
     def measure(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> dict[str, Tensor]:
         """Do as the inner rule."""
         return self.inner.measure(grad, param, state, h)
@@ -299,20 +350,35 @@ class Wrapper(Rule):
         """Do as the inner rule."""
         return self.inner.average(param, state, h)
 
-    def _own(self) -> list[str]:
-        return [
-            f.name
-            for f in dataclasses.fields(self)
-            if f.name not in ("lr", "weight_decay", "inner")
-        ]
+    def own(self, h: Hyper, name: str) -> Any:
+        """Return the live value of a hyperparameter of the wrapper's own."""
+        return getattr(h, next(shown for shown, field in self._own().items() if field == name))
+
+    def _own(self) -> dict[str, str]:
+        """Return the wrapper's own fields by the names of their hyperparameters."""
+        theirs = self.inner.hyperparameters()
+        found = {}
+        for field in dataclasses.fields(self):
+            if field.name not in ("lr", "weight_decay", "inner"):
+                name = field.name
+                while name in theirs:
+                    name = f"{self.prefix}_{name}"
+                found[name] = field.name
+        return found
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the inner rule's hyperparameters, then the wrapper's own."""
-        return self.inner.hyperparameters() | {name: getattr(self, name) for name in self._own()}
+        own = {name: getattr(self, field) for name, field in self._own().items()}
+        return self.inner.hyperparameters() | own
+
+    def choices(self, name: str) -> tuple[str, ...]:
+        """Return what its own or its inner rule's field may be."""
+        own = self._own()
+        return super().choices(own[name]) if name in own else self.inner.choices(name)
 
     def replace(self, **values: Any) -> Self:
         """Return the wrapper with its own and its inner rule's hyperparameters changed."""
-        own = {name: values.pop(name) for name in self._own() if name in values}
+        own = {field: values.pop(name) for name, field in self._own().items() if name in values}
         return dataclasses.replace(self, inner=self.inner.replace(**values), **own)
 
 

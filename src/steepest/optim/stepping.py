@@ -6,7 +6,7 @@ import functools
 import itertools
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -119,12 +119,12 @@ def _eager(
         direction = new.pop(DIRECTION, None)
         if GRAD in new:
             grad.copy_(new.pop(GRAD))
-        _store(state, new)
         if direction is not None:
+            _store(state, new)
             new = moved(param, direction, state, v)
         if PARAM in new:
             param.copy_(new.pop(PARAM))
-            _store(state, new)
+        _store(state, new)
 
     def each(inputs: Inputs, v: Tensor) -> None:
         for grad, param, state in zip(*inputs[:3], strict=True):
@@ -155,12 +155,24 @@ def _eager(
                 parts += [one(g, p, s, v) for g, p, s in cut]
             else:
                 stacked = torch.vmap(one, in_dims=(0, 0, 0, None))(grad, param, state, v)
-                parts.append({name: value.sum(0) for name, value in stacked.items()})
-        return {name: sum(part[name] for part in parts) for name in parts[0]}  # type: ignore[misc]
+                parts.append({name: merged(each.unbind(0), runs) for name, each in stacked.items()})
+        return {name: merged([part[name] for part in parts], runs) for name in parts[0]}
 
     if phase == "measure":
         return measure
     return each if rule.elementwise else together
+
+
+def merged(parts: Sequence[Tensor], runs: int | None) -> Tensor:
+    """Return what was measured of several parameters: sums added up, values end to end."""
+    if is_sum(parts[0], runs):
+        return torch.stack(tuple(parts)).sum(0)
+    return torch.cat(tuple(parts), -1)
+
+
+def is_sum(measured: Tensor, runs: int | None) -> bool:
+    """Say whether what a rule measured is a sum, and not values of which it takes a median."""
+    return measured.ndim == (0 if runs is None else 1)
 
 
 def _phase(

@@ -12,7 +12,8 @@ from torch import Tensor
 from steepest.optim import buckets, stepping
 from steepest.optim.buckets import Bucket, Inputs
 from steepest.optim.live import Layout
-from steepest.optim.pieces import added_up
+from steepest.optim.pieces import Sharding, added_up
+from steepest.optim.rule import overrides
 from steepest.optim.stepping import Phase
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ class Turn:
         return stepping.with_scalars(plan.rule, plan.values(), self.step, self.memory, plan.runs)
 
     @property
+    def measuring(self) -> bool:
+        """Whether the rule measures before this step."""
+        rule = self.plan.rule
+        return bool(rule.shared()) and rule.measures(self.step)
+
+    @property
     def starting(self) -> bool:
         """Whether this is a first step that only sets state up."""
         return self.step == 1 and self.plan.rule.starts()
@@ -69,9 +76,14 @@ class Turn:
             plan.runs,
             self.part,
             phase=phase,
-            compile=plan.compiled and whole and phase in ("update", "measure"),
+            compile=plan.compiled and whole and phase in self._every_step(),
         )
         return kernel(self.inputs, values)
+
+    def _every_step(self) -> tuple[Phase, ...]:
+        """Return the phases that every step has, which are worth compiling."""
+        rare = overrides(self.plan.rule, "measures")
+        return ("update",) if rare else ("update", "measure")
 
     def finish(self) -> None:
         """Bring everything that was copied back to where it belongs."""
@@ -110,15 +122,22 @@ class Values:
 
 
 def combine(turns: Sequence[Turn], values: Values) -> dict[str, Tensor]:
-    """Return the new shared values of a rule from sums over all parameters that step."""
-    sums: dict[str, Tensor] = {}
+    """Return the new shared values of a rule from what is measured of all that step."""
+    parts: dict[str, dict[Sharding | None, Tensor]] = {}
+    pooled: dict[str, list[Tensor]] = {}
     first = turns[0]
     for turn in turns:
         part = turn.run("measure", values.of(turn))
         assert part is not None
+        sharding = turn.bucket.pieces[0].sharding
         for name, value in part.items():
-            whole = added_up(value, turn.bucket.pieces[0].sharding).double().to(first.device)
-            sums[name] = sums[name] + whole if name in sums else whole
+            if not stepping.is_sum(value, turn.plan.runs):
+                pooled.setdefault(name, []).append(value.to(first.device))
+                continue
+            known, own = parts.setdefault(name, {}), value.double().to(first.device)
+            known[sharding] = known[sharding] + own if sharding in known else own
+    sums = {name: added_up(part) for name, part in parts.items()}
+    sums |= {name: torch.cat(values, -1) for name, values in pooled.items()}
     plan = first.plan
 
     def combined(sums: dict[str, Tensor], values: Tensor) -> dict[str, Tensor]:

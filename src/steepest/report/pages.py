@@ -108,7 +108,9 @@ def _fidelity_rows(name: str) -> list[tuple[str, str, str, str, str]]:
 
 def _worst(measured: Iterable[Comparison], precision: str) -> str:
     errors = [c.error for c in measured if c.comparison.startswith(precision)]
-    return f"{max(errors):.0e}" if errors else ""
+    if not errors:
+        return ""
+    return f"{max(errors):.0e}" if max(errors) > 0 else "rounding"
 
 
 def memory_page() -> str:

@@ -62,6 +62,62 @@ CASES = [
 ]
 
 
+# Before it has seen as many gradients as a factor's side is long, a factor is singular, and eps to
+# the power of -1/4 magnifies what rounding left in its null space: so eps is large, or the factors
+# are of full rank at the first root.
+CASES += [
+    Case("shampoo", {"lr": 3e-3, "weight_decay": 0.1}, "before the first root"),
+    Case(
+        "shampoo",
+        {"lr": 3e-3, "eps": 1e-3, "update_interval": 5, "betas": (0.9, 0.97)},
+        "every 5",
+        tolerance32=1e-3,
+        reason=MAGNIFIED,
+    ),
+    Case(
+        "shampoo",
+        {
+            "lr": 3e-3,
+            "eps": 1e-2,
+            "update_interval": 7,
+            "start_preconditioning_step": 3,
+            "shampoo_beta": 0.9,
+        }
+        | {"grafting": "sgd", "max_precond_dim": 12},
+        "sgd, one-sided",
+        tolerance32=1e-3,
+        reason=MAGNIFIED,
+    ),
+    Case(
+        "shampoo",
+        {"lr": 3e-3, "eps": 1e-2, "update_interval": 4, "accumulate": "sum", "grafting": "none"}
+        | {"exponent": 0.2},
+        "sum, ungrafted",
+        tolerance32=1e-3,
+        reason=MAGNIFIED,
+    ),
+    Case(
+        "shampoo",
+        {"lr": 3e-3, "eps": 1e-6, "update_interval": 4, "grafting": "none", "max_precond_dim": 1}
+        | {"graft_eps": 1e-6},
+        "diagonal",
+    ),
+    Case("kron", {"lr": 3e-3}),
+    Case(
+        "kron",
+        {"lr": 3e-3, "probability": (0.5, 0.2), "probability_decay": 0.1, "probability_start": 9},
+        "sometimes",
+    ),
+    Case(
+        "kron",
+        {"lr": 3e-3, "momentum": 0.8, "precond_lr": 0.3, "precond_init_scale": 2.0}
+        | {"clip_threshold": 0.7, "memory_save_mode": "one_diag", "max_size_triangular": 30}
+        | {"momentum_into_precond_update": False},
+        "one_diag",
+    ),
+]
+
+
 def soap(params: list[Tensor], update_interval: int = 10, **options: Any) -> Any:
     assert options.pop("weight_decay") == 0
     return pytorch_optimizer.SOAP(
@@ -69,7 +125,52 @@ def soap(params: list[Tensor], update_interval: int = 10, **options: Any) -> Any
     )
 
 
+def scalable_shampoo(params: list[Tensor], **options: Any) -> Any:
+    # Its first beta is a heavy ball's after the grafting, its eps is relative.
+    found = pytorch_optimizer.ScalableShampoo(
+        params,
+        lr=options["lr"],
+        weight_decay=0.0,
+        nesterov=False,
+        matrix_eps=0.0,
+        start_preconditioning_step=options["start_preconditioning_step"],
+        preconditioning_compute_steps=options["update_interval"],
+        graft_type=1 if options["grafting"] == "sgd" else 0,
+        diagonal_eps=0.0,
+        use_svd=True,
+        shape_interpretation=False,
+    )
+    beta = 1.0 if options["accumulate"] == "sum" else options["shampoo_beta"]
+    found.param_groups[0]["betas"] = (0.0, beta)
+    return found
+
+
+SHAMPOO = {
+    "lr": 3e-3,
+    "weight_decay": 0.0,
+    "betas": (0.0, 0.9),
+    "start_preconditioning_step": 6,
+    "eps": 1e-30,
+}
+
 ORACLES = [
+    Oracle(
+        "shampoo",
+        "pytorch-optimizer",
+        scalable_shampoo,
+        ((8, 8), (6, 6), (7, 5)),
+        {**SHAMPOO, "shampoo_beta": 0.9, "grafting": "sgd", "accumulate": "ema"}
+        | {"update_interval": 3},
+        label="sgd",
+    ),
+    Oracle(
+        "shampoo",
+        "pytorch-optimizer",
+        scalable_shampoo,
+        ((8, 8), (6, 6), (7, 5)),
+        {**SHAMPOO, "grafting": "none", "accumulate": "sum", "update_interval": 1},
+        label="sum",
+    ),
     Oracle(
         "soap",
         "pytorch-optimizer",

@@ -64,9 +64,14 @@ class NAdam(Coupled):
     mu_t = b1 (1 - 0.96^(t momentum_decay) / 2), and the direction is
     [mu_(t+1) m / (1 - mu_1...mu_(t+1)) + (1 - mu_t) g / (1 - mu_1...mu_t)] / (sqrt(v_hat) + eps).
     Dozat averages m with mu_t, torch and we with b1; his v_hat has one more factor b2, that
-    nobody implements. Decay is L2, in g. momentum_decay = 0 is torch's: mu is b1 / 2 for ever.
+    nobody implements. Decay is L2, in g.
 
-    Different: see NAdamW.
+    momentum_decay = 0 means no schedule, mu_t = b1, here and in NAdamW. It is a special case and
+    not the formula's value at 0, b1 / 2 for ever (torch); the formula tends to it as
+    momentum_decay grows. Then the direction's numerator is
+    b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t).
+
+    Different: torch at momentum_decay = 0; see also NAdamW.
 
     Defaults: lr 2e-3, weight_decay 0
     """
@@ -82,6 +87,8 @@ class NAdam(Coupled):
         self.product = 1.0
 
     def mu(self, t: int) -> float:
+        if self.momentum_decay == 0:
+            return self.betas[0]
         return self.betas[0] * (1 - 0.5 * 0.96 ** (t * self.momentum_decay))
 
     def direction(self, g: Array) -> Array:
@@ -97,10 +104,7 @@ class NAdam(Coupled):
 class NAdamW(NAdam):
     """NAdam with decoupled decay, as torch.optim.NAdam(decoupled_weight_decay=True).
 
-    Here momentum_decay = 0 means no schedule, mu_t = b1: optax.nadamw. It is a special case and
-    not the formula's value at 0, which is b1 / 2 (torch); the formula tends to it as
-    momentum_decay grows. Then the direction's numerator is
-    b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t).
+    With momentum_decay = 0, no schedule, it is optax.nadamw.
 
     Different: AlgoPerf's NAdamW, and timm's, correct both terms by 1 - b1^t (no schedule), so
     their first step is 1 + b1 = 1.9 times the sign where optax's is 1 + b1 / (1 + b1) = 1.47;
@@ -110,9 +114,6 @@ class NAdamW(NAdam):
     """
 
     step = Reference.step
-
-    def mu(self, t: int) -> float:
-        return self.betas[0] if self.momentum_decay == 0 else super().mu(t)
 
 
 def rectification(t: int, beta2: float) -> float | None:

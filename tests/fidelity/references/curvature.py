@@ -18,11 +18,10 @@ class SophiaG(SignMethod):
 
     gamma and rho: the paper's clip(m / max(gamma h, eps), 1) has the factor B in h. The authors'
     code averages s^2 alone and divides by rho bs h + 1e-15, where bs = sequences * length is the
-    number of tokens in a batch. So rho bs h_code = rho h and rho IS gamma (0.05 in the paper, 0.04
-    by default in the code, 0.03 in its GPT-2 small config), as long as the batch does not change.
-    With B in h a changed batch is right, so we keep the paper's form, and the code's name and 0.04.
-    Where h is 0 the step is a sign, in both. The first version of the paper, and of the code,
-    clipped m / h to a threshold instead: the same method with lr times that threshold.
+    number of tokens in a batch. So rho bs h_code = rho h, and rho IS gamma, as long as the batch
+    does not change. With B in h a changed batch is right, so we keep the paper's form, and the
+    code's name and 0.04 (its configs for GPT-2 have 0.03 to 0.05). Where h is 0 the step is a
+    sign, in both. Early code clipped m / h to a threshold c: that is c clip(m / (c h), 1).
 
     Different: the code estimates after step k, 2k, ..., at the weights and on the batch after it:
     before steps k+1, 2k+1, ... as here, but not before step 1, so its first k steps are signs. It
@@ -34,7 +33,7 @@ class SophiaG(SignMethod):
     `margin` also counts what the preconditioner forgives: max(|m|, rho h, eps) relative to the
     size of m.
 
-    Defaults: lr 3e-4, weight_decay 0.2
+    Defaults: lr 1e-4, weight_decay 0.1
     """
 
     def setup(

@@ -107,4 +107,255 @@ def assert_eigenbasis(factor: Array, basis: Array, tolerance: float = 1e-9) -> N
     assert np.all(np.diff(values) <= tolerance * scale)
 
 
-REFERENCES = {"soap": SOAP}
+class Shampoo(Reference):
+    """Gupta, Koren & Singer 2018 (arXiv:1802.09568), as practised: Anil et al. 2020
+    (arXiv:2002.09018) and Shi et al. 2023 (arXiv:2309.06497, facebookresearch/optimizers).
+
+    m <- b1 m + (1 - b1) G, m_hat = m / (1 - b1^t);
+    L <- b L + (1 - b) G G^T, R likewise with G^T G, b = `shampoo_beta` (betas[1] if None), divided
+    by 1 - b^t before roots; `accumulate` = "sum": L <- L + G G^T, undivided (2018);
+    P = (L + eps I)^-e m_hat (R + eps I)^-e, e = `exponent`; u = P |D| / (|P| + 1e-16), D the
+    direction of the grafted method: "adam" m_hat / (sqrt(v_hat) + graft_eps), "sgd" m_hat;
+    "none": u = P. Norms are of the whole tensor.
+
+    * Ridge: eps I is added to the (corrected) factor, before the root, at each root. With "sum" it
+      is the 2018 paper's L_0 = eps I. Rounding's negative eigenvalues are raised to zero before.
+    * Exponent: one over twice the number of factors (2018: 1/4 for a matrix).
+    * A side longer than `max_precond_dim` has no factor, and the other's exponent is then 1/2:
+      2002.09018's L^(-1/2p) G R^(-1/2q), 1/p + 1/q = 1, at p = 1, and the exponent of Google's
+      code where one side is left out. (Meta's cuts the matrix in blocks; not offered.)
+    * Roots are computed at step `start_preconditioning_step` and then at every later multiple of
+      `update_interval`, from factors with that step's gradient. None is `update_interval`, Meta's
+      default; before it u = D ("none": u = m_hat, the roots are identities).
+    * No factors (vectors, scalars, both sides too long): u = D; "none": the diagonal of the one
+      factor such a tensor would have, m_hat / sqrt(v + eps), v as L ("sum": sums of squares).
+    * Decay is decoupled (Meta: an option). Meta's second momentum (0 by default) is left out.
+
+    Until it has seen side / (other side) gradients a factor is singular, and then eps = 1e-12 to
+    the power -1/4 multiplies by 1000 what stale roots find in its null space. Measured over 32
+    steps, 4 x 64, `update_interval` 5: float32 roots move the result by 0.5 at eps = 1e-12, 1e-2
+    at 1e-6, 2e-4 at 1e-4 and 2e-6 at 1e-2; with float64 roots, float32 noise in the gradients
+    moves it by 6e-4 at 1e-12 and 1e-7 from 1e-8 on. 24 x 16 isn't singular at its first roots:
+    7e-8 everywhere.
+
+    Different: torch_optimizer has exponent 1 / number of factors (1/2 for a matrix: here
+    `exponent` = 0.5), takes the right factor from the gradient that the left one has already
+    preconditioned, and averages that too; kozistr's ScalableShampoo, after Google's, grafts G
+    with SGD, AdaGrad or RMSProp, before heavy-ball momentum; the "Shampoo" of
+    OpenRaiser/scaling-for-scaling is Newton-Schulz of Adam's direction.
+
+    Defaults: lr 1e-3, weight_decay 1e-5
+    """
+
+    def setup(
+        self,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-12,
+        exponent: float | None = None,
+        accumulate: str = "ema",
+        grafting: str = "adam",
+        graft_eps: float = 1e-8,
+        update_interval: int = 100,
+        start_preconditioning_step: int | None = None,
+        max_precond_dim: int = 8192,
+    ) -> None:
+        assert accumulate in {"ema", "sum"}
+        assert grafting in {"adam", "sgd", "none"}
+        self.betas, self.eps, self.graft_eps = betas, eps, graft_eps
+        self.shampoo_beta = betas[1] if shampoo_beta is None else shampoo_beta
+        self.sums, self.grafting = accumulate == "sum", grafting
+        self.interval = update_interval
+        first = start_preconditioning_step
+        self.start = update_interval if first is None else first
+        self.m, self.v, self.d = (np.zeros_like(self.x) for _ in range(3))
+        shape = (len(self.x), self.x[0].size) if self.x.ndim > 1 else ()
+        self.sides = [side if side <= max_precond_dim else None for side in shape]
+        count = sum(side is not None for side in self.sides)
+        self.exponent = 1 / (2 * max(count, 1)) if exponent is None else exponent
+        self.factors = [None if n is None else np.zeros((n, n)) for n in self.sides]
+        self.roots = [None if n is None else np.eye(n) for n in self.sides]
+        self.factored = count > 0
+
+    def accumulated(self, total: Array, new: Array) -> Array:
+        beta = self.shampoo_beta
+        return total + new if self.sums else beta * total + (1 - beta) * new
+
+    def corrected(self, total: Array) -> Array:
+        return total if self.sums else total / (1 - self.shampoo_beta**self.t)
+
+    def direction(self, g: Array) -> Array:
+        b1, b2 = self.betas
+        self.m = b1 * self.m + (1 - b1) * g
+        self.v = b2 * self.v + (1 - b2) * g**2
+        self.d = self.accumulated(self.d, g**2)
+        m_hat = self.m / (1 - b1**self.t)
+        graft = m_hat
+        if self.grafting == "adam":
+            graft = m_hat / (np.sqrt(self.v / (1 - b2**self.t)) + self.graft_eps)
+        if not self.factored:
+            plain = m_hat / np.sqrt(self.corrected(self.d) + self.eps)
+            return plain if self.grafting == "none" else graft
+        matrix = g.reshape(len(g), -1)
+        for i, gram in enumerate((matrix @ matrix.T, matrix.T @ matrix)):
+            if self.factors[i] is not None:
+                self.factors[i] = self.accumulated(self.factors[i], gram)
+        if self.t == self.start or (self.t > self.start and self.t % self.interval == 0):
+            self.roots = [
+                None if f is None else inverse_power(self.corrected(f), self.eps, self.exponent)
+                for f in self.factors
+            ]
+        if self.t < self.start:
+            return graft
+        p = m_hat.reshape(matrix.shape)
+        left, right = self.roots
+        p = p if left is None else left @ p
+        p = (p if right is None else p @ right).reshape(g.shape)
+        if self.grafting == "none":
+            return p
+        return p * np.linalg.norm(graft) / (np.linalg.norm(p) + 1e-16)
+
+
+def inverse_power(factor: Array, eps: float, exponent: float) -> Array:
+    """Return (factor + eps I)^-exponent of a positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(factor)
+    values = values - min(values[0], 0.0) + eps
+    return (vectors * values**-exponent) @ vectors.T
+
+
+class Kron(Reference):
+    """PSGD Kron: Li 2015 (arXiv:1512.04202), as evanatyourservice/kron_torch, which is what the
+    name means; equations of Li's repository lixilinx/psgd_torch ("dQ = E Q").
+
+    m <- b m + (1 - b) G, M = m / (1 - b^t), flattened to rows x columns; Q_1, Q_2 start from
+    `precond_init_scale`^(1 / dimensions) times I; V is N(0, 1); where the A and B below have the
+    same second moments nothing moves:
+
+      X = M (or G: `momentum_into_precond_update`) + sqrt(2^-23) mean|X| V
+      A = Q_1 X Q_2^T,  B = Q_1^-T V Q_2^-1
+      S_1 = A A^T - B B^T, T_1 = A A^T + B B^T;  S_2 = A^T A - B^T B, T_2 likewise
+      Q_i <- Q_i - precond_lr triu(S_i) Q_i / bound(T_i)       (both from the same A and B)
+      u = P / max(1, (rms(P) + 1e-12) / clip_threshold),  P = Q_1^T Q_1 M Q_2^T Q_2, new Q
+
+    bound(T) <= |T|_2: with a the column of T of largest norm, y = T a, |T y| / |y|. A diagonal Q_i
+    (a vector) takes the diagonals of S_i and T_i, and bound = largest of T_i's. The noise in X,
+    3e-4 of it, is part of the method: sqrt(2^-23) is the constant whatever the precision.
+
+    * Diagonal: sides of 1, sides longer than `max_size_triangular`, vectors and scalars (one
+      Q of the tensor's shape); with `memory_save_mode` "one_diag" the longest side too (the
+      second of two equals).
+    * Q is updated at the first step by which 1 / p(t) steps have passed since the last update,
+      p = max(min(p_0 exp(-`probability_decay` (t - 1 - `probability_start`)), p_0), p_1),
+      (p_0, p_1) = `probability`: no draw. At each 100th update the Q of matrices are first
+      balanced: each is multiplied by (geometric mean of both largest |entries|) / (its own).
+    * Draws. At a step that updates, each parameter draws V = draw("normal", t, shape), the
+      tensor's own shape.
+    * Decay is decoupled, lr outside.
+
+    Different: kron_torch 0.3.3 counts steps of the optimizer, not of the parameter, balances one
+    update in 100 by Python's random numbers, decays matrices only, and X's noise goes in place
+    into M, so that P has it too (1e-4 after 32 steps); more dimensions are folded first-against-
+    rest or rest-against-last; scalars make it fail.
+    Newer psgd_torch divides by a running maximum of bound, and its default is another step,
+    Q <- Q E. The momentum of Li's own KronWhiten is 0 by default.
+
+    The column of largest norm may be another one in another precision (near-ties): then bound
+    changes by a few percent.
+
+    Defaults: lr 3e-4, weight_decay 0
+    """
+
+    def setup(
+        self,
+        *,
+        momentum: float = 0.9,
+        precond_lr: float = 0.1,
+        precond_init_scale: float = 1.0,
+        probability: tuple[float, float] = (1.0, 0.03),
+        probability_decay: float = 1e-3,
+        probability_start: int = 500,
+        clip_threshold: float = 1.1,
+        max_size_triangular: int = 8192,
+        memory_save_mode: str | None = None,
+        momentum_into_precond_update: bool = True,
+    ) -> None:
+        assert memory_save_mode in (None, "one_diag")
+        self.mu, self.precond_lr, self.clip = momentum, precond_lr, clip_threshold
+        self.probability, self.decay = probability, probability_decay
+        self.flat, self.from_momentum = probability_start, momentum_into_precond_update
+        self.waited = self.updates = 0
+        self.m = np.zeros_like(self.x)
+        if self.x.ndim < 2:
+            self.q = [np.full_like(self.x, precond_init_scale)]
+            return
+        sides = (len(self.x), self.x[0].size)
+        diagonal = [side == 1 or side > max_size_triangular for side in sides]
+        if memory_save_mode == "one_diag":
+            diagonal[0 if sides[0] > sides[1] else 1] = True
+        scale = precond_init_scale**0.5
+        self.q = [
+            scale * (np.ones(side) if flat else np.eye(side))
+            for side, flat in zip(sides, diagonal, strict=True)
+        ]
+
+    def direction(self, g: Array) -> Array:
+        self.m = self.mu * self.m + (1 - self.mu) * g
+        momentum = self.m / (1 - self.mu**self.t)
+        high, low = self.probability
+        p = max(min(high * np.exp(-self.decay * (self.t - 1 - self.flat)), high), low)
+        self.waited += 1
+        due = self.waited >= 1 / p
+        if due:
+            self.waited = 0
+            self.updates += 1
+        if due and self.updates % 100 == 0 and len(self.q) == 2:
+            sizes = [np.abs(q).max() for q in self.q]
+            mean = np.sqrt(sizes[0] * sizes[1])
+            self.q = [mean / size * q for q, size in zip(self.q, sizes, strict=True)]
+        if due:
+            x = momentum if self.from_momentum else g
+            v = self.draw("normal", self.t, g.shape)
+            self.fit(x + np.sqrt(2.0**-23) * np.abs(x).mean() * v, v)
+        if len(self.q) == 1:
+            update = self.q[0] ** 2 * momentum
+        else:
+            matrix = momentum.reshape(len(g), -1)
+            q1, q2 = (np.diag(q) if q.ndim == 1 else q for q in self.q)
+            update = (q1.T @ q1 @ matrix @ q2.T @ q2).reshape(g.shape)
+        return update * min(1.0, self.clip / (np.sqrt(np.mean(update**2)) + 1e-12))
+
+    def fit(self, x: Array, v: Array) -> None:
+        """Move the factors once along their relative gradients."""
+        if len(self.q) == 1:
+            q = self.q[0]
+            a, b = (q * x) ** 2, (v / q) ** 2
+            self.q = [q - self.precond_lr * (a - b) / largest(a + b) * q]
+            return
+        q1, q2 = (np.diag(q) if q.ndim == 1 else q for q in self.q)
+        a = q1 @ x.reshape(len(x), -1) @ q2.T
+        b = np.linalg.inv(q1).T @ v.reshape(len(v), -1) @ np.linalg.inv(q2)
+        grams = [(a @ a.T, b @ b.T), (a.T @ a, b.T @ b)]
+        self.q = [moved(q, *gram, self.precond_lr) for q, gram in zip(self.q, grams, strict=True)]
+
+
+def moved(q: Array, aa: Array, bb: Array, lr: float) -> Array:
+    """Return a diagonal or triangular factor after a step."""
+    if q.ndim == 1:
+        aa, bb = np.diag(aa), np.diag(bb)
+        return q - lr * (aa - bb) / largest(aa + bb) * q
+    return q - lr / spectral_bound(aa + bb) * np.triu(aa - bb) @ q
+
+
+def largest(values: Array) -> float:
+    return max(float(np.max(values)), float(np.finfo(np.float32).tiny))
+
+
+def spectral_bound(t: Array) -> float:
+    """Return a lower bound of the largest eigenvalue of a positive semidefinite matrix."""
+    y = t @ t[:, np.argmax((t**2).sum(axis=0))]
+    size = float(np.linalg.norm(y))
+    return float(np.linalg.norm(t @ y)) / size if size > 0 else float(np.finfo(np.float32).tiny)
+
+
+REFERENCES: dict[str, type] = {"soap": SOAP, "shampoo": Shampoo, "kron": Kron}

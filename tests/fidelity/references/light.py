@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from references.adam import AdamW
@@ -109,8 +111,9 @@ class AdamMini(Reference):
     v_b <- b2 v_b + (1 - b2) mean over the block of g^2;  m, bias corrections, eps and decoupled
     decay are AdamW's. `blocks` cuts the rows (the first dimension) into so many equal blocks,
     each a contiguous piece of the tensor: rows -> one v per output row (or token), heads -> one
-    per head, 1 -> one for the tensor. A vector of n elements with n blocks is AdamW (the
-    authors' biases). Which parameter gets which is the router's; the spec file has the paper's.
+    per head, 1 -> one for the tensor; 0 stands for the rows of a matrix and for 1 of a vector. A
+    vector of n elements with n blocks is AdamW (the authors' biases). Which parameter gets which
+    is the router's; the spec file has the paper's.
 
     Different: adam-mini 1.1.1 chooses blocks by name and has no decay where the name contains
     norm, ln or bias; kozistr has an older partition (elementwise embedding and head).
@@ -119,9 +122,10 @@ class AdamMini(Reference):
     """
 
     def setup(
-        self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, blocks: int = 1
+        self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, blocks: int = 0
     ) -> None:
         rows = self.x.shape[0] if self.x.ndim else 1
+        blocks = blocks or (rows if self.x.ndim >= 2 else 1)
         assert rows % blocks == 0, f"{rows} rows can't be cut into {blocks} equal blocks"
         self.betas, self.eps, self.blocks = betas, eps, blocks
         self.m, self.v = np.zeros_like(self.x), np.zeros((blocks, 1))
@@ -145,7 +149,9 @@ def dynamic_codes(*, signed: bool) -> Array:
 
     Decade i = 0..6, from 10^(i - 7) to 10^(i - 6), is cut into n equal intervals, whose centres
     are codes: n = 2^i for each sign, or 2^(i + 1) without signs. 254 of them, and 0, and 1 (but
-    not -1). So the top decade has 64 intervals for each sign or 128, and the lowest 1 or 2.
+    not -1). So the top decade has 64 intervals for each sign or 128, and the lowest 1 or 2. They
+    are float32 numbers, the nearest to these (bitsandbytes', rounded on the way, are within two
+    units in the last place).
     """
     magnitudes = []
     for i in range(7):
@@ -154,21 +160,47 @@ def dynamic_codes(*, signed: bool) -> Array:
         magnitudes.append(10.0 ** (i - 6) * centres)
     positive = np.concatenate(magnitudes)
     negative = -positive if signed else positive[:0]
-    return np.sort(np.concatenate([negative, positive, [0.0, 1.0]]))
+    codes = np.sort(np.concatenate([negative, positive, [0.0, 1.0]]))
+    return codes.astype(np.float32).astype(np.float64)
+
+
+def blocks(size: int, block_size: int) -> Iterator[slice]:
+    """Yield the blocks of a flat tensor, of which the last may be shorter."""
+    for start in range(0, size, block_size):
+        yield slice(start, start + block_size)
+
+
+def magnitude(block: Array) -> float:
+    """Return what a block keeps beside its codes."""
+    return float(np.float32(np.abs(block).max()))
+
+
+def quantise(values: Array, signed: bool, block_size: int) -> Array:
+    """Return what 8 bits a value keep of a tensor of any size (see Blockwise), read back."""
+    codes = dynamic_codes(signed=signed)
+    borders = (codes[:-1] + codes[1:]) / 2
+    flat = values.reshape(-1)
+    read = np.zeros_like(flat)
+    for block in blocks(flat.size, block_size):
+        a = magnitude(flat[block])
+        if a > 0:
+            read[block] = a * codes[np.searchsorted(borders, flat[block] / a, side="left")]
+    return read.reshape(values.shape)
 
 
 class Blockwise:
     """8-bit states: Dettmers et al. 2022 (arXiv 2110.02861), for a Reference with `margin`.
 
     After each step a state is replaced by what 8 bits can hold of it. The flattened tensor is cut
-    into blocks of `block_size` (the last may be shorter). A block keeps its absmax a, in float32,
-    and for each element the code nearest to value / a; between two codes, the lower one. A block
+    into blocks of `block_size` (the last may be shorter). A block keeps its absmax a, and for each
+    element the code nearest to value / a; on the border between two codes, the lower one. A block
     of zeros has a = 0 and stays zero. The step itself uses the new state before it is rounded.
+    The codes and a are the storage: float32 numbers, in whatever precision the step is taken.
 
     `margin` is, per element, the smallest distance so far of value / a from the border between two
-    codes, times a / (sum of the absolute values the state was added up from). Where it is near
-    float32's rounding error, float32 may choose the other code. Ties are harmless: exact ones
-    are as rare. Float32 rounding of codes and of a only moves values by rounding errors.
+    codes, times a / (sum of the absolute values the state was added up from). Near float32's
+    rounding error (3e-7 is enough) float32 may choose the neighbouring code, and that element's
+    trajectory then differs by a whole code; others only if it becomes its block's absmax.
     """
 
     x: Array
@@ -182,19 +214,16 @@ class Blockwise:
         codes = dynamic_codes(signed=signed)
         borders = (codes[:-1] + codes[1:]) / 2
         flat, sizes = value.reshape(-1), size.reshape(-1)
-        rounded, margin = np.zeros_like(flat), np.full_like(flat, np.inf)
-        for start in range(0, flat.size, self.block_size):
-            block = slice(start, start + self.block_size)
-            a = np.abs(flat[block]).max()
+        margin = np.full_like(flat, np.inf)
+        for block in blocks(flat.size, self.block_size):
+            a = magnitude(flat[block])
             if a == 0:
                 continue
-            scaled = flat[block] / a
-            rounded[block] = a * codes[np.searchsorted(borders, scaled, side="left")]
-            distance = np.abs(scaled[:, None] - borders).min(1) * a
+            distance = np.abs((flat[block] / a)[:, None] - borders).min(1) * a
             known = sizes[block] == 0
             margin[block] = np.where(known, np.inf, distance / np.where(known, 1, sizes[block]))
         self.margin = np.minimum(self.margin, margin.reshape(value.shape))
-        return rounded.reshape(value.shape)
+        return quantise(value, signed, self.block_size)
 
 
 class Adam8bit(Blockwise, AdamW):
@@ -204,13 +233,14 @@ class Adam8bit(Blockwise, AdamW):
     default decay only (0, 1e-2). The paper has blocks of 2048; 256 is bitsandbytes' since 0.44.
 
     A v below 1.6e-7 of its block's greatest is stored as zero, m only below 2.8e-7: where then g
-    is exactly zero the step is m / eps. Hence the paper's stable embedding, and 32-bit states
-    for embeddings, which are the router's business (bitsandbytes: GlobalOptimManager).
+    is exactly zero the step is m / eps, as in rare tokens' rows. Embeddings are better left with
+    full states, which is the router's business (bitsandbytes: GlobalOptimManager).
 
     Different: bitsandbytes on CUDA gives a negative m that would round to zero the smallest
     negative code (so m keeps its sign), decays after the move, and skips elements whose gradient
-    is not finite; its Python paths (CPU) don't. torchao quantises only tensors
-    whose size is a multiple of the block size.
+    is not finite. On CPU (0.50.2) it does none of that, but its compiled search resolves no more
+    than about 2e-5 of a: smaller v become 1.6e-5 a, smaller m +-2.1e-5 a. torchao quantises only
+    tensors whose size is a multiple of the block size.
 
     Defaults: lr 1e-3, weight_decay 1e-2
     """
@@ -219,9 +249,10 @@ class Adam8bit(Blockwise, AdamW):
         self,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        amsgrad: bool = False,
         block_size: int = 256,
     ) -> None:
-        super().setup(betas=betas, eps=eps)
+        super().setup(betas=betas, eps=eps, amsgrad=amsgrad)
         self.block_size = block_size
         self.margin = np.full_like(self.x, np.inf)
 
@@ -231,6 +262,8 @@ class Adam8bit(Blockwise, AdamW):
         u = super().direction(g)
         self.m = self.stored(self.m, size, signed=True)
         self.v = self.stored(self.v, self.v, signed=False)
+        if self.amsgrad:
+            self.v_max = self.stored(self.v_max, self.v_max, signed=False)
         return u
 
 

@@ -23,6 +23,7 @@ class Apollo(LowRank):
 
     `scale` is the paper's alpha: apollo_torch multiplies by sqrt(its scale). Its `scale_front` only
     says on which side of the limiter, and ratios of norms do not see a constant factor.
+    `scale_type` "tensor" takes one ratio |A| / (|R| + 1e-8) for the whole matrix.
     After a step without gradient the limiter starts again from 1e-8 and all but stops the matrix
     (1.01^1850 = 1e8); the authors' code does that too.
     pytorch_optimizer 4.1 scales the low-rank gradient and projects it back (not the paper's s G).
@@ -30,19 +31,19 @@ class Apollo(LowRank):
     Defaults: lr 1e-2, weight_decay 0
     """
 
-    axis_of_ratio = "channel"
-
     def setup(
         self,
         *,
         rank: int = 256,
         update_interval: int = 200,
         scale: float = 1.0,
+        scale_type: str = "channel",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         growth_limit: float = 1.01,
     ) -> None:
         self.begin(rank, update_interval, scale)
+        self.scale_type = scale_type
         self.betas, self.eps, self.limiter = betas, eps, GrowthLimiter(growth_limit)
 
     def direction(self, g: Array) -> Array:
@@ -53,7 +54,7 @@ class Apollo(LowRank):
         r = self.down(g)
         self.moments(r)
         adapted, after = self.adapted()
-        axis = self.channel_axis if self.axis_of_ratio == "channel" else None
+        axis = self.channel_axis if self.scale_type == "channel" else None
         s = self.limiter(channel_ratio(adapted, r, axis) * g)
         return (self.scale * after * s).reshape(self.shape)
 
@@ -70,14 +71,13 @@ class ApolloMini(Apollo):
     Defaults: lr 1e-2, weight_decay 0
     """
 
-    axis_of_ratio = "tensor"
-
     def setup(
         self,
         *,
         rank: int = 1,
         update_interval: int = 200,
         scale: float = 128**0.5,
+        scale_type: str = "tensor",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         growth_limit: float = 1.01,
@@ -86,6 +86,7 @@ class ApolloMini(Apollo):
             rank=rank,
             update_interval=update_interval,
             scale=scale,
+            scale_type=scale_type,
             betas=betas,
             eps=eps,
             growth_limit=growth_limit,
@@ -168,11 +169,12 @@ class QApollo(Int8Weights, Apollo):
             rank=rank,
             update_interval=update_interval,
             scale=scale,
+            scale_type=scale_type,
             betas=betas,
             eps=eps,
             growth_limit=growth_limit,
         )
-        self.axis_of_ratio, self.group_size = scale_type, group_size
+        self.group_size = group_size
 
     def adapted(self) -> tuple[Array, float]:
         b1, b2 = self.betas

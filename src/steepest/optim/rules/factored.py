@@ -62,15 +62,88 @@ class Adafactor(Rule):
             row = ema(state["exp_avg_sq_row"], q.mean(-1), h.beta2)
             col = ema(state["exp_avg_sq_col"], q.mean(-2), h.beta2)
             new = {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
-            # Roots before products: the ratio of a dead row to the mean may underflow.
-            relative = row.rsqrt() * row.mean(-1, keepdim=True).sqrt()
-            direction = grad * relative.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
-        rms = (direction * direction).mean().sqrt()
-        direction = direction / torch.clamp(rms / h.clip_threshold, min=1.0)
+            direction = over_factored_root(grad, row, col)
+        direction = clip_rms(direction, h.clip_threshold)
         if self.beta1 is not None:
             direction = ema(state["exp_avg"], direction, h.beta1)
             new["exp_avg"] = direction
         return direction, new
+
+
+def over_factored_root(value: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """Return value / sqrt(row col^T / mean(row)), the squares' row and column means given."""
+    # Roots before products: the ratio of a dead row to the mean may underflow.
+    relative = row.rsqrt() * row.mean(-1, keepdim=True).sqrt()
+    divided: Tensor = value * relative.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+    return divided
+
+
+def clip_rms(value: Tensor, most: Tensor) -> Tensor:
+    """Return the value, scaled down where its root mean square is more than `most`."""
+    rms = (value * value).mean().sqrt()
+    clipped: Tensor = value / torch.clamp(rms / most, min=1.0)
+    return clipped
+
+
+@dataclass(frozen=True)
+class CAME(Rule):
+    """CAME, confidence-guided Adafactor (Luo et al., 2023, arXiv:2307.02047, Algorithm 2).
+
+    r, c <- b2 r, c + (1 - b2) row and column means of g^2 + eps
+    d = g / sqrt(r c^T / mean(r));  d <- d / max(1, rms(d) / clip_threshold)
+    m <- b1 m + (1 - b1) d
+    R, C <- b3 R, C + (1 - b3) row and column means of (d - m)^2 + eps2, with the new m
+    u = m / sqrt(R C^T / mean(R))
+
+    Nothing is corrected for its start from zero: with the default betas the first steps are some
+    11 lr per element, so warm up. Vectors keep the whole second moment and take u = m. A tensor of
+    more than two dimensions is factored over its last two.
+    """
+
+    lr: float = 2e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9999)
+    eps: float = 1e-30
+    eps2: float = 1e-16
+    clip_threshold: float = 1.0
+
+    reads_param: ClassVar[bool] = False
+
+    def init(self, param: Tensor) -> State:
+        """Return the moment, and the means of squares and of deviations, all zero."""
+        if param.ndim < 2:
+            return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+        row, col = param[..., 0], param[..., 0, :]
+        return {
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq_row": torch.zeros_like(row),
+            "exp_avg_sq_col": torch.zeros_like(col),
+            "exp_avg_res_row": torch.zeros_like(row),
+            "exp_avg_res_col": torch.zeros_like(col),
+        }
+
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        """Return the moment of Adafactor's direction over the factored root of its deviations."""
+        b1, b2, b3 = h.betas
+        q = grad * grad + h.eps
+        if grad.ndim < 2:
+            v = ema(state["exp_avg_sq"], q, b2)
+            m = ema(state["exp_avg"], clip_rms(grad * v.rsqrt(), h.clip_threshold), b1)
+            return m, {"exp_avg": m, "exp_avg_sq": v}
+        row = ema(state["exp_avg_sq_row"], q.mean(-1), b2)
+        col = ema(state["exp_avg_sq_col"], q.mean(-2), b2)
+        d = clip_rms(over_factored_root(grad, row, col), h.clip_threshold)
+        m = ema(state["exp_avg"], d, b1)
+        deviation = (d - m) ** 2 + h.eps2
+        res_row = ema(state["exp_avg_res_row"], deviation.mean(-1), b3)
+        res_col = ema(state["exp_avg_res_col"], deviation.mean(-2), b3)
+        return over_factored_root(m, res_row, res_col), {
+            "exp_avg": m,
+            "exp_avg_sq_row": row,
+            "exp_avg_sq_col": col,
+            "exp_avg_res_row": res_row,
+            "exp_avg_res_col": res_col,
+        }
 
 
 RECIPES = (
@@ -81,5 +154,14 @@ RECIPES = (
         year=2018,
         paper="Shazeer & Stern, arXiv:1804.04235",
         state="4 * (m + n) + (0 if beta1 is None else 4 * m * n)",
+    ),
+    Recipe(
+        "came",
+        CAME(),
+        family="light state",
+        year=2023,
+        paper="Luo et al., arXiv:2307.02047",
+        state="4 * m * n + 8 * (m + n)",
+        differs=("scaling-for-scaling's scripts run it with eps2 1e-6.",),
     ),
 )

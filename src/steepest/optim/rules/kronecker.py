@@ -9,11 +9,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from steepest.optim import linalg
 from steepest.optim.live import Hyper
 from steepest.optim.recipe import Recipe
 from steepest.optim.rule import Rule, State, ema
 
 SIDES = ("left", "right")
+
+
+def sides(param: Tensor, longest: int) -> dict[str, int]:
+    """Return the sides of a matrix that are not longer than this, with their length.
+
+    A tensor of more dimensions is a matrix of its first against the rest; a vector has no sides.
+    """
+    shape = (len(param), param[0].numel()) if param.ndim > 1 else ()
+    return {side: size for side, size in zip(SIDES, shape, strict=False) if size <= longest}
+
+
+def grams(grad: Tensor, state: State) -> State:
+    """Return G G^T and G^T G of the sides that have a factor, under the factor's name."""
+    found: State = {}
+    if "factor_left" in state:
+        g = grad.flatten(1)
+        found["factor_left"] = g @ g.mT
+    if "factor_right" in state:
+        g = grad.flatten(1)
+        found["factor_right"] = g.mT @ g
+    return found
 
 
 @dataclass(frozen=True)
@@ -45,13 +67,9 @@ class SOAP(Rule):
     def init(self, param: Tensor) -> State:
         """Return both moments and, for each rotated side, its factor and its basis, all zero."""
         state = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-        if param.ndim < 2:
-            return state
-        matrix = param.flatten(1)
-        for side, size in zip(SIDES, matrix.shape, strict=True):
-            if size <= self.max_precond_dim:
-                state[f"factor_{side}"] = matrix.new_zeros(size, size)
-                state[f"basis_{side}"] = matrix.new_zeros(size, size)
+        for side, size in sides(param, self.max_precond_dim).items():
+            state[f"factor_{side}"] = param.new_zeros(size, size)
+            state[f"basis_{side}"] = param.new_zeros(size, size)
         return state
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
@@ -69,11 +87,8 @@ class SOAP(Rule):
         new = self._factors(grad, state, h)
         for side in SIDES:
             if f"factor_{side}" in new:
-                # In float64, and finite, eigh always converges; what is not finite stays so in the
-                # factor, and the run is seen to diverge instead of crashing here.
-                factor = torch.nan_to_num(new[f"factor_{side}"].double(), posinf=0.0, neginf=0.0)
-                basis = torch.linalg.eigh(factor).eigenvectors.flip(-1)
-                new[f"basis_{side}"] = basis.to(grad.dtype)
+                _, vectors = linalg.eigh(new[f"factor_{side}"])
+                new[f"basis_{side}"] = vectors.flip(-1).to(grad.dtype)
         return new
 
     def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
@@ -107,14 +122,7 @@ class SOAP(Rule):
 
     def _factors(self, grad: Tensor, state: State, h: Hyper) -> State:
         beta = h.betas[1] if self.shampoo_beta is None else h.shampoo_beta
-        new: State = {}
-        if "factor_left" in state:
-            g = grad.flatten(1)
-            new["factor_left"] = ema(state["factor_left"], g @ g.mT, beta)
-        if "factor_right" in state:
-            g = grad.flatten(1)
-            new["factor_right"] = ema(state["factor_right"], g.mT @ g, beta)
-        return new
+        return {name: ema(state[name], gram, beta) for name, gram in grams(grad, state).items()}
 
     def _rotate(self, tensor: Tensor, state: State, *, back: bool = False) -> Tensor:
         """Return the tensor in the eigenbasis, or an eigenbasis tensor in the original one."""

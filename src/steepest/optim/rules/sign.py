@@ -10,19 +10,44 @@ from torch import Tensor
 
 from steepest.optim.live import Hyper
 from steepest.optim.recipe import Recipe
-from steepest.optim.rule import Rule, State, ema
+from steepest.optim.rule import Rule, State, ema, sign
+
+
+@dataclass(frozen=True)
+class SignSGD(Rule):
+    """signSGD, the sign of the gradient (Bernstein et al., 2018, arXiv:1802.04434, Algorithm 1).
+
+    u = sign(g), and 0 where g is 0
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+
+    elementwise: ClassVar[bool] = True
+
+    def init(self, param: Tensor) -> State:
+        """Return nothing: there is no state."""
+        return {}
+
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        """Return the sign of the gradient."""
+        return sign(grad), {}
 
 
 @dataclass(frozen=True)
 class Signum(Rule):
     """Signum, the sign of momentum (Bernstein et al., 2018, arXiv:1802.04434, Algorithm 2).
 
-    m <- b m + (1 - b) g;  u = sign(m)
+    m <- b m + (1 - b) g;  u = sign(m), or sign(b m + (1 - b) g) with nesterov
+
+    With nesterov it is Lion with betas (b^2, b) (Semenov et al., 2025, arXiv:2509.01440,
+    Algorithm 6, whose buffer m / (1 - b) has the same sign).
     """
 
     lr: float = 1e-4
     weight_decay: float = 0.0
     momentum: float = 0.9
+    nesterov: bool = False
 
     elementwise: ClassVar[bool] = True
 
@@ -31,9 +56,9 @@ class Signum(Rule):
         return {"momentum": torch.zeros_like(param)}
 
     def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
-        """Return the sign of the new moving average."""
+        """Return the sign of the new moving average, or of what it would be one step ahead."""
         m = ema(state["momentum"], grad, h.momentum)
-        return torch.sign(m), {"momentum": m}
+        return sign(ema(m, grad, h.momentum) if self.nesterov else m), {"momentum": m}
 
 
 @dataclass(frozen=True)
@@ -57,10 +82,18 @@ class Lion(Rule):
         """Return the sign of the interpolation between the average and the gradient."""
         b1, b2 = h.betas
         m = state["momentum"]
-        return torch.sign(ema(m, grad, b1)), {"momentum": ema(m, grad, b2)}
+        return sign(ema(m, grad, b1)), {"momentum": ema(m, grad, b2)}
 
 
 RECIPES = (
+    Recipe(
+        "signsgd",
+        SignSGD(),
+        family="SGD and sign",
+        year=2018,
+        paper="Bernstein et al., arXiv:1802.04434",
+        state="0",
+    ),
     Recipe(
         "signum",
         Signum(),
@@ -68,6 +101,9 @@ RECIPES = (
         year=2018,
         paper="Bernstein et al., arXiv:1802.04434",
         state="4 * m * n",
+        differs=(
+            "The EPFL benchmark's sign.py starts the buffer from a copy of the weights, not zero.",
+        ),
     ),
     Recipe(
         "lion",

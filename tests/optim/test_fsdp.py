@@ -1,0 +1,399 @@
+"""FSDP2: parameters sharded over processes take the steps that one process would."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import problems
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from test_hooks import Averaging, Normed
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import steepest
+from steepest.optim import Hyper, Rule, State, random
+
+STEPS, MIDDLE, ROWS = 6, 3, 4
+
+
+class WithLoss(nn.Module):
+    """A LLaMA whose forward is its loss: FSDP2 gathers parameters around forward."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        self.model = problems.llama(**changes)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.model.loss(tokens, targets)
+
+    def parts(self) -> list[nn.Module]:
+        return list(self.model.layers)
+
+
+class Conv1D(nn.Module):
+    """A linear layer stored [in, out], as in GPT-2 of Hugging Face."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Fused(nn.Module):
+    """Matrices that are stepped block by block: fused, stored [in, out], and a bank of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 10)
+        self.c_attn = Conv1D(10, 30)
+        self.c_proj = Conv1D(10, 6)
+        self.experts = nn.Parameter(torch.randn(3, 6, 10) / 3)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        q, k, v = self.c_attn(self.embed(tokens)).chunk(3, -1)
+        x = torch.tanh(self.c_proj(q * torch.sigmoid(k) + v))
+        y = torch.einsum("bti,eio->bto", x, self.experts)
+        return torch.mean((y - self.embed(targets)) ** 2)
+
+    def parts(self) -> list[nn.Module]:
+        return [self.c_attn]
+
+
+class Dense(nn.Module):
+    """Two square layers whose gradients have full rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("values", torch.randn(2, 64, 6, dtype=torch.float64))
+        self.first, self.second = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        y = self.second(torch.tanh(self.first(self.values[0, tokens])))
+        return torch.mean((y - self.values[1, targets]) ** 2)
+
+    def parts(self) -> list[nn.Module]:
+        return []
+
+
+@dataclass(frozen=True)
+class Noisy(Rule):
+    """Moves at random."""
+
+    lr: float = 0.01
+    elementwise: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+
+    def init(self, param: Tensor) -> State:
+        return {}
+
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        return random.normal(random.fold(state["key"], h.step), grad.shape), {}
+
+
+# Over four processes some shards of the uneven model are smaller than others, and some are empty.
+MODELS: dict[str, Callable[[], Any]] = {
+    "even": WithLoss,
+    "uneven": functools.partial(
+        WithLoss, vocab_size=65, hidden_size=6, heads=1, intermediate_size=9
+    ),
+    "fused": Fused,
+    "dense": Dense,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: an optimizer, a model, and how it is saved in the middle."""
+
+    optimizer: str | Rule
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "even"
+    way: str = "dcp"
+    replicas: int = 1
+    """Groups of processes that each hold the whole model (HSDP)."""
+    worlds: tuple[int, ...] = (2, 4)
+    """Numbers of processes to try."""
+
+    def make(self, module: nn.Module) -> steepest.Optimizer:
+        return steepest.create(self.optimizer, module, **self.options)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 3e-3, "weight_decay": 0.1},
+    "muon": {"lr": 0.02, "adam_lr": 3e-3, "ns_dtype": "float32"},
+    "soap": {"lr": 3e-3, "update_interval": 3},
+    "adafactor": {"lr": 3e-3},
+    "prodigy": {},
+    "galore_adamw": {"lr": 3e-3, "rank": 4, "update_interval": 3},
+    "lamb": {"lr": 3e-3},
+    "schedulefree_adamw": {"lr": 3e-3},
+}
+NAMES = [name for name in OPTIONS if name in steepest.names()]
+JOBS = {
+    **{name: Job(name, OPTIONS[name], worlds=(2,)) for name in NAMES},
+    **{f"{name} uneven": Job(name, OPTIONS[name], "uneven", worlds=(4,)) for name in NAMES},
+    "adamw": Job("adamw", OPTIONS["adamw"]),
+    "muon": Job("muon", OPTIONS["muon"]),
+    "muon fused": Job("muon", OPTIONS["muon"], "fused"),
+    "soap dense": Job("soap", OPTIONS["soap"], "dense"),
+    "muon flat": Job("muon", OPTIONS["muon"], "uneven", way="flat", worlds=(2,)),
+    "muon full": Job("muon", OPTIONS["muon"], "uneven", way="full", worlds=(2,)),
+    "adamw full": Job("adamw", OPTIONS["adamw"], "uneven", way="full", worlds=(2,)),
+    "muon replicas": Job("muon", OPTIONS["muon"], "uneven", replicas=2, worlds=(4,)),
+    "sums over all parameters": Job(Normed(), model="uneven"),
+    "sums over all replicas": Job(Normed(), model="uneven", replicas=2, worlds=(4,)),
+    "random numbers": Job(Noisy(), model="uneven", worlds=(4,)),
+    "evaluation weights": Job(Averaging(), model="uneven", worlds=(4,)),
+}
+UNDETERMINED = {"soap", "soap uneven"}
+"""Where a gradient has less than full rank, rounding decides part of an eigenbasis: a relative
+change of 1e-7 in the gradients leads as far from the path as another number of processes."""
+
+
+def shard(module: Any, job: Job) -> None:
+    world = dist.get_world_size()
+    mesh = init_device_mesh(
+        "cpu", (job.replicas, world // job.replicas), mesh_dim_names=("replica", "shard")
+    )
+    mesh = mesh if job.replicas > 1 else mesh["shard"]
+    for part in module.parts():
+        fully_shard(part, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def train(
+    module: nn.Module, optimizer: steepest.Optimizer, steps: range, rank: int = 0, world: int = 1
+) -> None:
+    """Step on this process's rows of every batch."""
+    for tokens, targets in problems.batches(count=STEPS, rows=ROWS)[steps.start : steps.stop]:
+        rows = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+        optimizer.zero_grad()
+        module(tokens[rows], targets[rows]).backward()
+        optimizer.step()
+
+
+def whole(module: nn.Module) -> list[Tensor]:
+    return [
+        (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for p in module.parameters()
+    ]
+
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+SAVING = StateDictOptions(full_state_dict=True, cpu_offload=True)
+LOADING = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+def save(way: str, module: nn.Module, optimizer: steepest.Optimizer, folder: str) -> None:
+    if way == "full":  # One file with everything, of the first process.
+        states = get_state_dict(module, optimizer, options=SAVING)
+        if dist.get_rank() == 0:
+            torch.save(states, f"{folder}.pt")
+        dist.barrier()
+    else:
+        options = FLAT if way == "flat" else None
+        model, state = get_state_dict(module, optimizer, options=options)
+        dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
+
+
+def load(way: str, module: nn.Module, optimizer: steepest.Optimizer, folder: str) -> None:
+    if way == "full":
+        mine = dist.get_rank() == 0
+        states = torch.load(f"{folder}.pt", weights_only=True) if mine else ({}, {})
+        options: StateDictOptions | None = LOADING
+    else:
+        options = FLAT if way == "flat" else None
+        model, state = get_state_dict(module, optimizer, options=options)
+        seen = {"model": model, "optimizer": state}
+        dcp.load(seen, checkpoint_id=folder)
+        states = seen["model"], seen["optimizer"]
+    set_model_state_dict(module, states[0], options=options)
+    set_optimizer_state_dict(module, optimizer, states[1], options=options)
+
+
+def run(job: Job, label: str, folder: str) -> dict[str, list[Tensor]]:
+    """Train, and train again from the middle; return the whole weights after each."""
+    place = dist.get_rank(), dist.get_world_size()
+    module, other = MODELS[job.model](), MODELS[job.model]()
+    found: dict[str, list[Tensor]] = {}
+    shard(module, job)
+    optimizer = job.make(module)
+    train(module, optimizer, range(MIDDLE), *place)
+    save(job.way, module, optimizer, f"{folder}/{label}")
+    train(module, optimizer, range(MIDDLE, STEPS), *place)
+    found["trained"] = whole(module)
+    optimizer.eval()
+    found["evaluated"] = whole(module)
+    optimizer.train()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    shard(other, job)
+    resumed = job.make(other)
+    load(job.way, other, resumed, f"{folder}/{label}")
+    train(other, resumed, range(MIDDLE, STEPS), *place)
+    found["resumed"] = whole(other)
+    return found
+
+
+def refuse(folder: str) -> dict[str, Any]:
+    """Return weights before and after a step with a NaN in one shard, and the skipped steps."""
+    place = dist.get_rank(), dist.get_world_size()
+    job = Job("muon", {**OPTIONS["muon"], "nonfinite": "skip"}, "uneven")
+    module = MODELS[job.model]()
+    shard(module, job)
+    optimizer = job.make(module)
+    train(module, optimizer, range(1), *place)
+    before = whole(module)
+    grad = module.model.lm_head.weight.grad
+    if place[0] == 0:
+        grad.to_local()[0, 0] = torch.nan
+    optimizer.step()
+    return {"before": before, "after": whole(module), "skipped": optimizer.skipped_steps}
+
+
+def spread(folder: str) -> dict[str, list[Tensor]]:
+    """Return the weights after continuing, sharded, what one process began."""
+    module, job = Fused(), JOBS["muon fused"]
+    weights, state = torch.load(f"{folder}/alone.pt", weights_only=True)
+    module.load_state_dict(weights)
+    shard(module, job)
+    optimizer = job.make(module)
+    optimizer.load_state_dict(state)
+    train(module, optimizer, range(MIDDLE, STEPS), dist.get_rank(), dist.get_world_size())
+    return {"trained": whole(module)}
+
+
+def process(rank: int, world: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
+    try:
+        mine = {label: job for label, job in JOBS.items() if world in job.worlds}
+        found: dict[str, Any] = {label: run(job, label, folder) for label, job in mine.items()}
+        found |= {"refused": refuse(folder), "spread": spread(folder)}
+        if rank == 0:
+            torch.save(found, f"{folder}/found.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+Found = tuple[Path, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def of_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
+    """Return the folder of a number of processes and what they found: one start for all tests."""
+
+    @functools.cache
+    def start(world: int) -> Found:
+        folder: Path = tmp_path_factory.mktemp("fsdp")
+        module, optimizer = begun("muon fused")
+        torch.save([module.state_dict(), optimizer.state_dict()], folder / "alone.pt")
+        mp.spawn(process, args=(world, str(folder)), nprocs=world)
+        return folder, torch.load(folder / "found.pt", weights_only=True)
+
+    return start
+
+
+def begun(label: str) -> tuple[nn.Module, steepest.Optimizer]:
+    """Return a model and its optimizer half-way, in this process alone."""
+    job = JOBS[label]
+    module = MODELS[job.model]()
+    optimizer = job.make(module)
+    train(module, optimizer, range(MIDDLE))
+    return module, optimizer
+
+
+def moved_alike(ours: list[Tensor], theirs: list[Tensor], start: list[Tensor]) -> None:
+    for a, b, p0 in zip(ours, theirs, start, strict=True):
+        # Adam magnifies rounding where a gradient is near zero, so not all of 1e-6 at each element.
+        assert (a - b).norm() <= 1e-4 * (b - p0).norm()
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
+
+
+def cases(labels: Iterable[str]) -> Any:
+    """Return a parametrization over jobs and their numbers of processes."""
+    pairs = [(label, world) for label in labels for world in JOBS[label].worlds]
+    ids = [f"{label}, {world} processes" for label, world in pairs]
+    return pytest.mark.parametrize(("label", "world"), pairs, ids=ids)
+
+
+@pytest.mark.slow
+@cases(label for label in JOBS if label not in UNDETERMINED)
+def test_processes_are_one(label: str, world: int, of_processes: Callable[[int], Found]) -> None:
+    found = of_processes(world)[1][label]
+    start = whole(MODELS[JOBS[label].model]())
+    module, optimizer = begun(label)
+    train(module, optimizer, range(MIDDLE, STEPS))
+    moved_alike(found["trained"], whole(module), start)
+    optimizer.eval()
+    moved_alike(found["evaluated"], whole(module), start)
+
+
+@pytest.mark.slow
+@cases(JOBS)
+def test_a_checkpoint_continues_to_the_bit(
+    label: str, world: int, of_processes: Callable[[int], Found]
+) -> None:
+    found = of_processes(world)[1][label]
+    for resumed, trained in zip(found["resumed"], found["trained"], strict=True):
+        assert torch.equal(resumed, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_checkpoint_of_one_process_continues_in_many(
+    world: int, of_processes: Callable[[int], Found]
+) -> None:
+    found = of_processes(world)[1]
+    moved_alike(found["spread"]["trained"], found["muon fused"]["trained"], whole(Fused()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_checkpoint_of_many_processes_continues_in_one(
+    world: int, of_processes: Callable[[int], Found]
+) -> None:
+    folder, found = of_processes(world)
+    module = Fused()
+    optimizer = JOBS["muon fused"].make(module)
+    load("dcp", module, optimizer, str(folder / "muon fused"))
+    train(module, optimizer, range(MIDDLE, STEPS))
+    moved_alike(whole(module), found["muon fused"]["trained"], whole(Fused()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_is_not_finite_in_one_shard_skips_the_step_of_all(
+    world: int, of_processes: Callable[[int], Found]
+) -> None:
+    found = of_processes(world)[1]["refused"]
+    assert found["skipped"] == 1
+    for before, after in zip(found["before"], found["after"], strict=True):
+        assert torch.equal(before, after)

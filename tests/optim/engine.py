@@ -129,9 +129,7 @@ def make(name: str, params: Sequence[Tensor] | nn.Module, **options: Any) -> ste
 
 def sample(optimizer: Any, *_: Any) -> None:
     """Let an optimizer that wants a gradient on sampled labels have one: half of the batch's."""
-    if not isinstance(optimizer, steepest.Optimizer) or (
-        "sampled_labels" not in optimizer.wants()
-    ):
+    if not isinstance(optimizer, steepest.Optimizer) or ("sampled_labels" not in optimizer.wants()):
         return
     params = [p for group in optimizer.param_groups for p in group["params"]]
     held = [p.grad for p in params]

@@ -83,13 +83,15 @@ def test_compiled_is_eager_in_float64(name: str, options: dict[str, Any]) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", [(), ("cautious",)], ids=["plain", "cautious"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [*((name, ()) for name in NAMES), ("adamw", ("cautious",)), ("muon", ("cautious",))],
+)
 def test_traced_is_eager(name: str, wrap: tuple[str, ...], graphs: list[object]) -> None:
     # More shapes, without the time of a C++ compiler: the graph is the same as what it compiles.
-    shapes = ((), (5,), (6, 4), (6, 4), (6, 2, 3, 3), (1, 9))
+    shapes = ((5,), (6, 4), (6, 4), (6, 2, 3, 3))
     results = both_ways(name, torch.float64, shapes, wrap=wrap, **ns_dtype(name))
-    assert graphs
+    assert 0 < len(graphs) <= 6  # two phases of three signatures; no schedule adds to that
     for a, b, p0 in zip(*results, strict=True):
         moved_alike(a, b, p0, 1e-9)
 
@@ -99,7 +101,7 @@ def ns_dtype(name: str) -> dict[str, Any]:
     return {"ns_dtype": "float64"} if "ns_dtype" in known else {}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adafactor", "muon", "soap", "prodigy"])
 def test_changing_values_do_not_recompile(name: str, graphs: list[object]) -> None:
     params = problems.parameters(shapes=FEW)
     opt = make(name, params, compile=True)

@@ -26,6 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import steepest
 from steepest.optim import Hyper, Rule, State, random
@@ -83,11 +88,11 @@ class Fused(nn.Module):
 class Dense(nn.Module):
     """Two square layers whose gradients have full rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 6) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.register_buffer("values", torch.randn(2, 64, 6, dtype=torch.float64))
-        self.first, self.second = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
+        self.register_buffer("values", torch.randn(2, 64, size, dtype=torch.float64))
+        self.first, self.second = (nn.Linear(size, size, dtype=torch.float64) for _ in range(2))
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         y = self.second(torch.tanh(self.first(self.values[0, tokens])))
@@ -120,6 +125,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "fused": Fused,
     "dense": Dense,
+    "wide": functools.partial(Dense, 8),
 }
 
 
@@ -133,6 +139,10 @@ class Job:
     way: str = "dcp"
     replicas: int = 1
     """Groups of processes that each hold the whole model (HSDP)."""
+    tensors: int = 1
+    """Processes that share the columns of a layer (tensor parallelism)."""
+    exchanged: bool = False
+    """Made before sharding, with the parameters exchanged then, as Accelerate does."""
     worlds: tuple[int, ...] = (2, 4)
     """Numbers of processes to try."""
 
@@ -162,6 +172,9 @@ JOBS = {
     "muon full": Job("muon", OPTIONS["muon"], "uneven", way="full", worlds=(2,)),
     "adamw full": Job("adamw", OPTIONS["adamw"], "uneven", way="full", worlds=(2,)),
     "muon replicas": Job("muon", OPTIONS["muon"], "uneven", replicas=2, worlds=(4,)),
+    "muon tensors": Job("muon", OPTIONS["muon"], "wide", tensors=2, worlds=(4,)),
+    "adamw tensors": Job("adamw", OPTIONS["adamw"], "wide", tensors=2, worlds=(4,)),
+    "muon exchanged": Job("muon", OPTIONS["muon"], "uneven", exchanged=True, worlds=(2,)),
     "sums over all parameters": Job(Normed(), model="uneven"),
     "sums over all replicas": Job(Normed(), model="uneven", replicas=2, worlds=(4,)),
     "random numbers": Job(Noisy(), model="uneven", worlds=(4,)),
@@ -173,14 +186,30 @@ change of 1e-7 in the gradients leads as far from the path as another number of 
 
 
 def shard(module: Any, job: Job) -> None:
-    world = dist.get_world_size()
-    mesh = init_device_mesh(
-        "cpu", (job.replicas, world // job.replicas), mesh_dim_names=("replica", "shard")
-    )
-    mesh = mesh if job.replicas > 1 else mesh["shard"]
+    sizes = (job.replicas, dist.get_world_size() // job.replicas // job.tensors, job.tensors)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replica", "shard", "tensor"))
+    if job.tensors > 1:
+        plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
+        parallelize_module(module, mesh["tensor"], plan)
+    mesh = mesh["replica", "shard"] if job.replicas > 1 else mesh["shard"]
     for part in module.parts():
         fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
+
+
+def sharded(job: Job, module: Any) -> steepest.Optimizer:
+    """Return the optimizer of a module, sharded."""
+    if not job.exchanged:
+        shard(module, job)
+        return job.make(module)
+    names = {p: name for name, p in module.named_parameters()}
+    optimizer = job.make(module)
+    optimizer.load_state_dict(optimizer.state_dict())
+    shard(module, job)
+    parameters = dict(module.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [parameters[names[p]] for p in group["params"]]
+    return optimizer
 
 
 def train(
@@ -235,11 +264,10 @@ def load(way: str, module: nn.Module, optimizer: steepest.Optimizer, folder: str
 
 def run(job: Job, label: str, folder: str) -> dict[str, list[Tensor]]:
     """Train, and train again from the middle; return the whole weights after each."""
-    place = dist.get_rank(), dist.get_world_size()
+    place = dist.get_rank() // job.tensors, dist.get_world_size() // job.tensors
     module, other = MODELS[job.model](), MODELS[job.model]()
     found: dict[str, list[Tensor]] = {}
-    shard(module, job)
-    optimizer = job.make(module)
+    optimizer = sharded(job, module)
     train(module, optimizer, range(MIDDLE), *place)
     save(job.way, module, optimizer, f"{folder}/{label}")
     train(module, optimizer, range(MIDDLE, STEPS), *place)
@@ -250,8 +278,7 @@ def run(job: Job, label: str, folder: str) -> dict[str, list[Tensor]]:
     with torch.no_grad():
         for p in other.parameters():
             p.zero_()
-    shard(other, job)
-    resumed = job.make(other)
+    resumed = sharded(job, other)
     load(job.way, other, resumed, f"{folder}/{label}")
     train(other, resumed, range(MIDDLE, STEPS), *place)
     found["resumed"] = whole(other)
@@ -263,8 +290,7 @@ def refuse(folder: str) -> dict[str, Any]:
     place = dist.get_rank(), dist.get_world_size()
     job = Job("muon", {**OPTIONS["muon"], "nonfinite": "skip"}, "uneven")
     module = MODELS[job.model]()
-    shard(module, job)
-    optimizer = job.make(module)
+    optimizer = sharded(job, module)
     train(module, optimizer, range(1), *place)
     before = whole(module)
     grad = module.model.lm_head.weight.grad
@@ -279,8 +305,7 @@ def spread(folder: str) -> dict[str, list[Tensor]]:
     module, job = Fused(), JOBS["muon fused"]
     weights, state = torch.load(f"{folder}/alone.pt", weights_only=True)
     module.load_state_dict(weights)
-    shard(module, job)
-    optimizer = job.make(module)
+    optimizer = sharded(job, module)
     optimizer.load_state_dict(state)
     train(module, optimizer, range(MIDDLE, STEPS), dist.get_rank(), dist.get_world_size())
     return {"trained": whole(module)}

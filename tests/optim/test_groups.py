@@ -240,6 +240,17 @@ DECIDES_STATE = {
     "max_size_triangular",
     "n_clusters",
 }
+# One optimizer of each kind that the engine treats differently.
+KINDS = {
+    "adamw",
+    "muon",
+    "soap",
+    "prodigy",
+    "schedulefree_adamw",
+    "galore_adamw",
+    "scion",
+    "mars_lion",
+}
 KNOBS = [(name, key) for name in NAMES for key in steepest.describe(name).hyperparameters]
 
 
@@ -257,20 +268,17 @@ def changed(name: str, key: str) -> Any:
     return value if value is not None else not default
 
 
-@pytest.mark.parametrize("wrap", [(), ("cautious",)], ids=["plain", "cautious"])
 @pytest.mark.parametrize(
     ("name", "key"),
     # A second gradient, or larger tensors, would be needed to see these.
     [k for k in KNOBS if k[1] not in ("exact", "block_size") and k not in UNSEEN],
 )
-def test_every_hyperparameter_changes_the_update(
-    name: str, key: str, wrap: tuple[str, ...]
-) -> None:
+def test_every_hyperparameter_changes_the_update(name: str, key: str) -> None:
     # Through create; all five roles of knobs: a LLaMA has hidden, embedding, head and vector.
     results = []
     for options in ({}, {key: changed(name, key)}):
         model = problems.llama()
-        optimizer = make(name, model, wrap=wrap, **options)
+        optimizer = make(name, model, **options)
         for batch in problems.batches(STEPS_TO_SEE.get(name, 4)):
             problems.backward(model, batch)
             optimizer.step()
@@ -282,7 +290,7 @@ def test_every_hyperparameter_changes_the_update(
 @pytest.mark.parametrize(
     ("name", "key"),
     # What decides the state can't change: see the errors below.
-    [k for k in KNOBS if k[1].removeprefix("adam_") not in DECIDES_STATE],
+    [k for k in KNOBS if k[0] in KINDS and k[1].removeprefix("adam_") not in DECIDES_STATE],
 )
 def test_changed_in_param_groups_it_is_as_if_made_so(name: str, key: str) -> None:
     value = changed(name, key)

@@ -43,11 +43,7 @@ def test_descriptions_are_complete(name: str) -> None:
 
 
 def test_every_meaning_belongs_to_a_hyperparameter() -> None:
-    used = {
-        knob(name, key)[0]
-        for name in NAMES
-        for key in steepest.describe(name).hyperparameters
-    }
+    used = {knob(name, key)[0] for name in NAMES for key in steepest.describe(name).hyperparameters}
     assert used == set(catalogue.MEANINGS)
 
 

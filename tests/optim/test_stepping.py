@@ -56,7 +56,8 @@ def test_stepped_together_as_one_by_one(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if name not in SHARED | {"scion_light"}]  # It keeps gradients.
+    "name",
+    [name for name in NAMES if name not in SHARED | {"scion_light"}],  # It keeps gradients.
 )
 def test_missing_gradients_leave_a_parameter_as_it_was(name: str) -> None:
     shapes = ((6, 4), (6, 4), (6, 4), (5,), (3,))

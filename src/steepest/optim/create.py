@@ -161,7 +161,7 @@ def _warn_of_doubt(
         warnings.warn(
             f"{name} is stepped as {named.role.value}, but {named.doubt}. Say what it is with "
             f"create(..., roles={{{name!r}: ...}}).",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

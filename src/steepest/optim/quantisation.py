@@ -83,14 +83,14 @@ def quantise(values: Tensor, block_size: int, *, signed: bool) -> tuple[Tensor, 
     A value half way between two codes gets the lower one. A block of zeros stays zero, and one that
     holds NaN is NaN when read.
     """
-    blocks = _blocks(values, block_size)
-    absmax = blocks.abs().amax(-1).float()
-    scaled = blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(-1)
+    padded = functional.pad(values.flatten(), (0, -values.numel() % block_size))
+    absmax = padded.view(-1, block_size).abs().amax(-1).float()
+    scaled = values / spread(torch.where(absmax > 0, absmax, 1.0), values, block_size)
     tables = _tables(values.device, signed)
     # A look-up and a comparison: torch.bucketize is a search, ten times as slow on a CPU.
     code = tables.lowest[(scaled.float().view(torch.int32) >> 16) & MASK].int()
-    codes = (code + (scaled > tables.borders.to(scaled.dtype)[code])).to(torch.uint8)
-    return codes.flatten()[: values.numel()].view(values.shape), absmax
+    codes = code + (scaled > tables.borders.to(scaled.dtype)[code])
+    return codes.to(torch.uint8), absmax
 
 
 def dequantise(
@@ -103,11 +103,16 @@ def dequantise(
 ) -> Tensor:
     """Return the values that `quantise` kept: of each element its code's value times a."""
     values = _tables(codes.device, signed).values.to(dtype)
-    read = values[_blocks(codes, block_size).int()] * absmax.to(dtype).unsqueeze(-1)
-    return read.flatten()[: codes.numel()].view(codes.shape)
+    return values[codes.int()] * spread(absmax.to(dtype), codes, block_size)
 
 
-def _blocks(values: Tensor, block_size: int) -> Tensor:
-    """Return the elements in rows of `block_size`, zeros after the last one."""
-    padded = functional.pad(values.flatten(), (0, -values.numel() % block_size))
-    return padded.view(-1, block_size)
+def spread(absmax: Tensor, like: Tensor, block_size: int) -> Tensor:
+    """Return of each element of `like` its block's magnitude."""
+    size = like.numel()
+    if size % block_size == 0:
+        return absmax.unsqueeze(-1).expand(-1, block_size).reshape(like.shape)
+    # Not a division of whole numbers: torch 2.13 compiles that to a loop over whole blocks alone on
+    # a CPU, which leaves out the last elements of vectors.
+    dtype = torch.float32 if like.device.type == "mps" else torch.float64
+    block = (torch.arange(size, device=like.device, dtype=dtype) / block_size).floor().int()
+    return absmax[block].view(like.shape)

@@ -73,7 +73,7 @@ def roles(
     Raises UserError for a pattern that matches no parameter, or an unknown role.
     """
     found: dict[int, tuple[str, NamedRole]] = {}
-    # The largest table is the vocabulary's; a matrix may well have as many rows as there are places.
+    # The largest table is the vocabulary's: as many rows as there are positions mean nothing.
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     vocabulary = max(tables, default=0)
     output = _output(model)

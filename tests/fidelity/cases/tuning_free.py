@@ -58,7 +58,14 @@ SHARES = {"warmup_steps": 7, "r": 1.5, "weight_lr_power": 1.0}
 
 ORACLES = [
     Oracle("prodigy", "prodigyopt", prodigy, ANY, FAST),
-    Oracle("prodigy", "prodigyopt", prodigy, ANY, {**FAST, "bias_correction": True}, label="bias"),
+    Oracle(
+        "prodigy",
+        "prodigyopt",
+        prodigy,
+        ANY,
+        {"d0": 1e-2, "bias_correction": True},
+        label="bias_correction",
+    ),
     Oracle(
         "prodigy",
         "prodigyopt",

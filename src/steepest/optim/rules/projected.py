@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steepest.optim import random
 from steepest.optim.live import Hyper
+from steepest.optim.quantisation import spread
 from steepest.optim.rule import State, one_of
 from steepest.optim.rules.adam import TwoMoments
 from steepest.optim.rules.eight_bit import Quantised
@@ -101,15 +102,15 @@ def on_grid(values: Tensor, bits: int, group_size: int, uniform: Tensor | None =
     ends = flat[-1:].expand(-len(flat) % group_size)
     groups = torch.cat([flat, ends]).view(-1, group_size)
     top = 2.0**bits - 1
-    low, high = groups.aminmax(dim=1, keepdim=True)
+    low, high = groups.aminmax(dim=1)
     step = (high - low).clamp(min=1e-5) / top
     zero = (-(low / step).round()).clamp(0, top)
-    scaled = (groups / step).flatten()[: len(flat)]
+    zero, step = (spread(t, flat, group_size) for t in (zero, step))
+    scaled = flat / step
     if uniform is None:
         codes = scaled.round()
     else:
         codes = scaled.floor() + (uniform.flatten() < scaled - scaled.floor())
-    zero, step = (t.expand_as(groups).flatten()[: len(flat)] for t in (zero, step))
     return (((codes + zero).clamp(min=0, max=top) - zero) * step).view_as(values)
 
 

@@ -117,8 +117,6 @@ class Scion(Rule):
 
     def _edge(self, m: Tensor) -> Tensor:
         """Return the point of the unit ball that is farthest along m."""
-        if self.norm == "rms":
-            return m / (m.norm() / m.numel() ** 0.5 + BALL_EPS)
         matrix = m.flatten(1) if m.ndim > 1 else m.reshape(1, -1)
         columns = matrix.shape[1]
         if self.norm == "spectral":
@@ -127,10 +125,13 @@ class Scion(Rule):
             edge = (len(matrix) * kernel / columns) ** 0.5 / kernel * u
         elif self.norm == "sign":
             edge = sign(matrix) / columns
+        elif self.norm == "rms":
+            edge = matrix / (m.norm() / m.numel() ** 0.5 + BALL_EPS)
         else:
             rms = matrix.norm(dim=1, keepdim=True) / columns**0.5
             edge = matrix / ((rms if self.norm == "column" else columns * rms) + BALL_EPS)
-        return edge.view_as(m)
+        found: Tensor = edge.view_as(m)
+        return found
 
 
 @dataclass(frozen=True)

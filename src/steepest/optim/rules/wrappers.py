@@ -237,9 +237,7 @@ class StochasticRounding(Rounding):
     def rounded(self, new: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
         """Return the value rounded up or down at random."""
         drawn = random.uniform(random.fold(state["key"], h.step), new.shape)
-        bits = new.to(torch.float32).view(torch.int32) + (drawn * 65536).to(torch.int32)
-        up_or_down = (bits & -65536).view(torch.float32)
-        return torch.where(new.isfinite(), up_or_down, new), {}
+        return _cut(new, (drawn * 65536).to(torch.int32)), {}
 
 
 @dataclass(frozen=True)
@@ -262,7 +260,21 @@ class Kahan(Rounding):
     def rounded(self, new: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
         """Return what is stored of parameter and held back, and hold back the rest."""
         wide = param.float()
-        held = (state["held_back"].float() + (new - wide)).bfloat16()
-        y = (wide + held.float()).bfloat16()
-        lost = (wide - y.float()).bfloat16()
-        return y, {"held_back": (held.float() + lost.float()).bfloat16()}
+        held = _nearest(state["held_back"].float() + (new - wide))
+        y = _nearest(wide + held)
+        return y, {"held_back": _nearest(held + _nearest(wide - y))}
+
+
+def _nearest(value: Tensor) -> Tensor:
+    """Return a float32 value rounded to bfloat16, as float32.
+
+    By its bits, because a compiler leaves out a cast to bfloat16 and back.
+    """
+    last = (value.view(torch.int32) >> 16) & 1
+    return _cut(value, last + 0x7FFF)
+
+
+def _cut(value: Tensor, added: Tensor) -> Tensor:
+    """Return a float32 value without its low 16 bits, after adding to them."""
+    cut = ((value.view(torch.int32) + added) & -65536).view(torch.float32)
+    return torch.where(value.isfinite(), cut, value)

@@ -10,11 +10,11 @@ race: $(INSTALLED)
 	$(BIN)/steepest race
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Without the tests that compile, spawn processes or train for more than a few seconds.
 quick: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

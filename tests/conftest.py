@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# NumPy's BLAS reads it once, when it is first imported. Its threads spin while they wait: with as
+# many test processes as cores a small eigenvalue problem takes minutes.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 from collections.abc import Iterator
 from pathlib import Path
 

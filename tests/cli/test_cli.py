@@ -24,7 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("arguments", "right"),
     [
         (("rase",), "'race'"),
-        (("race", "adanw"), "'adamw'"),
+        (("race", "adamww"), "'adamw'"),
         (("race", "--seedz", "2"), "'--seeds'"),
         (("race", "--model", "llama-60"), "'llama-60m'"),
         (("race", "--lrs", "quick"), "positive numbers"),

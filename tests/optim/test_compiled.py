@@ -83,6 +83,14 @@ def test_compiled_is_eager_in_float64(name: str, options: dict[str, Any]) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["stochastic_rounding", "kahan"])
+def test_compiled_rounding_is_eager_to_the_bit(wrap: str) -> None:
+    # A compiler leaves out a cast to bfloat16 and back, which the sums of Kahan are about.
+    compiled, eager, _ = both_ways("adamw", torch.bfloat16, wrap=[wrap])
+    assert_same_bits(compiled, eager)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [*((name, ()) for name in NAMES), ("adamw", ("cautious",)), ("muon", ("cautious",))],

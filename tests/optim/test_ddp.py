@@ -66,7 +66,6 @@ def of_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, lis
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ddp")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_processes_are_one(name: str, of_processes: list[dict[str, list[Tensor]]]) -> None:
     first, second = (trained[name] for trained in of_processes)

@@ -35,6 +35,9 @@ from torch.distributed.tensor.parallel import (
 import steepest
 from steepest.optim import Hyper, Rule, State, random
 
+# One worker, so that the processes are started once.
+pytestmark = pytest.mark.slow
+
 STEPS, MIDDLE, ROWS = 6, 3, 4
 
 
@@ -368,7 +371,6 @@ def cases(labels: Iterable[str]) -> Any:
     return pytest.mark.parametrize(("label", "world"), pairs, ids=ids)
 
 
-@pytest.mark.slow
 @cases(label for label in JOBS if label not in UNDETERMINED)
 def test_processes_are_one(label: str, world: int, of_processes: Callable[[int], Found]) -> None:
     found = of_processes(world)[1][label]
@@ -380,7 +382,6 @@ def test_processes_are_one(label: str, world: int, of_processes: Callable[[int],
     moved_alike(found["evaluated"], whole(module), start)
 
 
-@pytest.mark.slow
 @cases(JOBS)
 def test_a_checkpoint_continues_to_the_bit(
     label: str, world: int, of_processes: Callable[[int], Found]
@@ -390,7 +391,6 @@ def test_a_checkpoint_continues_to_the_bit(
         assert torch.equal(resumed, trained)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_checkpoint_of_one_process_continues_in_many(
     world: int, of_processes: Callable[[int], Found]
@@ -399,7 +399,6 @@ def test_a_checkpoint_of_one_process_continues_in_many(
     moved_alike(found["spread"]["trained"], found["muon fused"]["trained"], whole(Fused()))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_checkpoint_of_many_processes_continues_in_one(
@@ -413,7 +412,6 @@ def test_a_checkpoint_of_many_processes_continues_in_one(
     moved_alike(whole(module), found["muon fused"]["trained"], whole(Fused()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_what_is_not_finite_in_one_shard_skips_the_step_of_all(
     world: int, of_processes: Callable[[int], Found]

@@ -46,6 +46,32 @@ class Normed(Rule):
 
 
 @dataclass(frozen=True)
+class ByMedian(Rule):
+    """Divides by the median of all gradients of matrices, found at every other step."""
+
+    lr: float = 0.1
+
+    def init(self, param: Tensor) -> State:
+        return {}
+
+    def shared(self) -> dict[str, float]:
+        return {"median": 1.0, "count": 0.0}
+
+    def measures(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def measure(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> dict[str, Tensor]:
+        found = grad.abs().flatten() if grad.ndim > 1 else grad.new_zeros(0)
+        return {"all": found, "count": torch.ones_like(grad).sum()}
+
+    def combine(self, sums: Mapping[str, Tensor], h: Hyper) -> dict[str, Tensor]:
+        return {"median": sums["all"].median(-1).values.double(), "count": sums["count"]}
+
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        return grad / h.median, {}
+
+
+@dataclass(frozen=True)
 class Remembering(Rule):
     """Steps by the sum of the learning rates so far."""
 
@@ -172,6 +198,25 @@ def test_shared_values_are_saved_and_of_each_run() -> None:
     both.grad = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]])
     runs.step()
     torch.testing.assert_close(both.detach(), torch.tensor([[-0.06, -0.08, 0], [0, 0, -0.1]]))
+
+
+@pytest.mark.parametrize("runs", [None, 2])
+def test_medians_over_all_parameters(runs: int | None) -> None:
+    shapes = SHAPES if runs is None else tuple((2, *s) for s in SHAPES)
+    params = problems.parameters(torch.float64, shapes)
+    optimizer = steepest.create(ByMedian(), params, runs=runs, compile=False)
+    medians = torch.ones(runs or 1, dtype=torch.float64)
+    for step, grads in enumerate(problems.stream(3, shapes), start=1):
+        before = [p.detach().clone() for p in params]
+        problems.set_gradients(params, grads)
+        optimizer.step()
+        if step == 2:
+            rows = [g.double().abs().reshape(runs or 1, -1) for g in grads[:2]]
+            medians = torch.cat(rows, 1).median(1).values
+        for p, p0, g in zip(params, before, grads, strict=True):
+            by = medians.view(-1, *[1] * (g.ndim - 1)) if runs else medians[0]
+            torch.testing.assert_close(p.detach(), p0 - 0.1 * g.double() / by)
+    assert optimizer.param_groups[0]["shared"]["count"].flatten()[0] == 12 + 12 + 5 + 1
 
 
 def test_memory_adds_up_past_values_of_each_parameter() -> None:

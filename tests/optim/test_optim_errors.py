@@ -19,8 +19,8 @@ def one() -> list[nn.Parameter]:
 
 
 def test_unknown_names_get_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"'adanw'.*'adamw'"):
-        steepest.create("adanw", one())
+    with pytest.raises(UserError, match=r"'adamww'.*'adamw'"):
+        steepest.create("adamww", one())
     with pytest.raises(TypeError, match=r"'beta'.*'betas'"):
         steepest.create("adamw", one(), beta=(0.9, 0.99))
     with pytest.raises(TypeError, match=r"'adam_betta'.*'adam_beta"):

@@ -338,6 +338,13 @@ def test_what_could_be_a_head_or_no_matrix_is_a_doubt_and_warned_of() -> None:
     assert found_rules[id(model.up.weight)][0] == "muon"
 
 
+def test_a_flattened_matrix_is_warned_of() -> None:
+    model = nn.Linear(8, 4)
+    model.weight = nn.Parameter(torch.zeros(16))
+    with pytest.warns(UserWarning, match="weight is stepped as vector, but it is flattened"):
+        steepest.create("muon", model)
+
+
 def test_roles_by_pattern_and_with_layout() -> None:
     model = nn.Sequential(Fused("query_key_value", 36), Fused("query_key_value", 36))
     given: dict[str, Any] = {

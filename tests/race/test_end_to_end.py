@@ -14,7 +14,7 @@ import pytest
 
 from steepest.study.store import load_race
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("race")]
+pytestmark = pytest.mark.slow
 
 COMMAND = [
     *(sys.executable, "-m", "steepest.cli", "race", "sgd", "adamw", "muon"),

@@ -27,9 +27,6 @@ CRASH = Path(__file__).with_name("crash.py")
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-pytestmark = pytest.mark.xdist_group("resume")
-
-
 @pytest.fixture(scope="module")
 def config(make_config: MakeConfig, momentum_file: Path) -> RunConfig:
     """A run with all kinds of state: float64 tensors, torch's generator, accumulation."""

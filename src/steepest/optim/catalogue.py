@@ -157,18 +157,18 @@ def initial_state(rule: Rule, param: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def hooks(rule: Rule) -> tuple[str, ...]:
-    """Return what a rule needs beside the gradients of each step, a sentence each."""
+    """Return what a rule needs beside the gradients of each step: a few words, and a sentence."""
     wanted = {extra for step in range(1, 50) if (extra := rule.wants(step)) is not None}
-    sentences = {
-        "a gradient on labels sampled from the model, every few steps": "sampled_labels" in wanted,
-        "the batch's gradient at the previous weights, too": "previous_weights" in wanted,
-        "sums over all parameters before each step": bool(rule.shared()),
-        "other weights for evaluation: optimizer.eval() and train()": rule.averages,
-        "gradients that are not cleared: zero_grad leaves them": rule.keeps_gradient,
-        "a first step that moves nothing": rule.starts(),
-        "random numbers, a function of seed, parameter and step": rule.draws,
-    }
-    return tuple(sentence for sentence, needed in sentences.items() if needed)
+    found = [
+        ("sampled_labels" in wanted, "sampled labels: a gradient on labels drawn from predictions"),
+        ("previous_weights" in wanted, "second gradient: the batch's at the last step's weights"),
+        (bool(rule.shared()), "global sums: over all parameters before each step"),
+        (rule.averages, "evaluation weights: optimizer.eval() before evaluating, train() after"),
+        (rule.keeps_gradient, "kept gradients: optimizer.zero_grad() leaves them, as its state"),
+        (rule.starts(), "idle first step: it sets state up and moves nothing"),
+        (rule.draws, "random numbers: a function of seed, parameter and step"),
+    ]
+    return tuple(sentence for needed, sentence in found if needed)
 
 
 def _formula(rule: Rule) -> str:

@@ -165,11 +165,6 @@ def sharded(value: Tensor, like: DTensor) -> DTensor:
     return whole.redistribute(placements=like.placements)
 
 
-def full(value: Tensor) -> Tensor:
-    """Return a tensor that every process has whole."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def copy_to(target: Tensor, value: Tensor) -> None:
     """Copy values in place, where target and value may each be sharded or whole."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):

@@ -158,7 +158,9 @@ class _Place:
 
 def _role(place: _Place, output: nn.Module | None) -> NamedRole:
     if place.parameter.ndim < 2:
-        return NamedRole(Role.VECTOR, f"{place.parameter.ndim} dimensions")
+        matrix = isinstance(place.module, (nn.Linear, nn.Embedding)) and place.name == "weight"
+        doubt = "it is flattened, as by FSDP1 and ZeRO 3; FSDP2 keeps matrices" if matrix else ""
+        return NamedRole(Role.VECTOR, f"{place.parameter.ndim} dimensions", doubt=doubt)
     if place.name == "bias" or place.name.endswith("_bias"):
         return NamedRole(Role.VECTOR, f"biases of a {place.kind}")
     if isinstance(place.module, (nn.Embedding, nn.EmbeddingBag)):

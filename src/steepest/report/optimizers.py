@@ -19,7 +19,10 @@ from steepest.report import formatting
 
 def listing() -> Table:
     """Return every optimizer with its family, year, state and what it needs, a line each."""
-    table = Table("name", "year", "family", "bytes/parameter", "steps", "needs", box=None)
+    table = Table(box=None)
+    table.add_column("name", no_wrap=True)
+    for title in ("year", "family", "state B/parameter", "steps", "needs"):
+        table.add_column(title)
     for name in catalogue.names():
         about = catalogue.describe(name)
         table.add_row(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import steepest
 from steepest import files
 
 KEEP = 2
@@ -58,6 +59,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     bfloat16 momentum or a float64 sum; what it cast is put back here.
     """
     optimizer.load_state_dict(state)
+    if isinstance(optimizer, steepest.Optimizer):  # It casts nothing.
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in state["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import steepest
 from steepest.data import TokenData
@@ -50,7 +51,7 @@ def resolve(config: RunConfig, token_data: TokenData) -> RunConfig:
 def _all_options(config: OptimizerConfig) -> dict[str, Option]:
     """Return the hyperparameters given, and the defaults of the rest for the catalogue's names.
 
-    A hyperparameter that is None by default, which TOML cannot say, is left out.
+    A hyperparameter that is None by default, which TOML cannot say, or infinite is left out.
     """
     if is_class(config.name):
         return config.options
@@ -58,7 +59,7 @@ def _all_options(config: OptimizerConfig) -> dict[str, Option]:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, (value, _) in defaults.items()
-        if value is not None and name != "lr"
+        if value is not None and value != math.inf and name != "lr"
     } | config.options
 
 

@@ -273,6 +273,7 @@ RECIPES = (
             "pytorch-optimizer, bitsandbytes and torch_optimizer have the bias corrections outside "
             "of the ratio, or none; the first also limits |w| to 10.",
             "timm has no ratio without weight decay, and clips the norm of all gradients to 1.",
+            "The BERT and ALBERT code has no bias corrections, and never decays what has no ratio.",
             "The Scaling for Scaling benchmark runs Adam, without a ratio, under this name.",
         ),
     ),
@@ -294,7 +295,7 @@ RECIPES = (
         differs=(
             "The authors' code (k2-fsa/icefall, PyPI zipformer) has lr and r inside of the "
             "momentum, no first bias correction, a scale that moves every 4 steps, and clipping "
-            "by the median norm of recent gradients.",
+            "by the median norm of recent gradients; it limits tensors of one element to 10.",
         ),
     ),
     Recipe(

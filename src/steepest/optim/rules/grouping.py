@@ -164,6 +164,8 @@ def grouped(name: str, inner: Rule, state: str, *differs: str) -> Recipe:
         state=f"{state} + m * n + 4 * n_clusters",
         differs=(
             *differs,
+            "The paper does not say what the global deviation is the median of: here of all "
+            "elements, while one reading takes it of the clusters' medians.",
             "The AdamWSGG and LambSGG that circulate cluster |m|, scale by means within the layer "
             "and nothing global, and scale LAMB's direction before its trust ratio.",
             "OpenRaiser/scaling-for-scaling rescales gradients by log1p(|w| / |g|) against a "

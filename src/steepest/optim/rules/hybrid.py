@@ -117,6 +117,8 @@ RECIPES = (
             "COSMOS_optim.py of the authors has Nesterov's heavy ball in place of M, gamma 0.2, "
             "and weight decay, which their other files ignore.",
             "The authors' file for GPT has U on the rows, as its weights are [in, out].",
+            "The authors' COSMOS.py never stores S and the new U, and multiplies by its ratio "
+            "twice; COSMOS_optim.py stores them.",
         ),
     ),
 )

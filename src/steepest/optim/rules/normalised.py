@@ -42,8 +42,8 @@ class RMNP(MatrixRule):
     m <- mu m + g;  x = g + mu m with nesterov, else m
     u = max(1, rows / columns)^(1/2) (rows of x / max(their norm, eps))
 
-    The defaults are the authors' code. The paper's algorithm is without nesterov and without the
-    factor (`shape_scale`). For hidden matrices; a tensor of more dimensions is a matrix of its
+    Nesterov and the factor (`shape_scale`) are the authors' code's; the paper's algorithm has
+    neither. For hidden matrices; a tensor of more dimensions is a matrix of its
     first against the rest.
     """
 

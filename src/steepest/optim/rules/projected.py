@@ -188,12 +188,13 @@ STATE = "8 * rank * max(m, n) + 12"
 ROOT = (
     "apollo_torch's scale is squared: it multiplies by the root, so that its 128 is sqrt(128) here."
 )
+DECAY = "The authors' package decays the weight after the step, here it is the weight before it."
 KOZISTR = (
     "pytorch_optimizer scales the projected gradient and projects it back, so that nothing of the "
     "gradient outside the projection moves the weights."
 )
 RECIPES = (
-    low_rank("apollo", Apollo(), 2024, APOLLO, STATE, ROOT, KOZISTR),
+    low_rank("apollo", Apollo(), 2024, APOLLO, STATE, ROOT, DECAY, KOZISTR),
     low_rank(
         "apollo_mini",
         Apollo(rank=1, scale=math.sqrt(128), scale_type="tensor"),
@@ -201,6 +202,7 @@ RECIPES = (
         APOLLO,
         STATE,
         ROOT,
+        DECAY,
         KOZISTR,
     ),
     low_rank(
@@ -210,6 +212,7 @@ RECIPES = (
         APOLLO,
         STATE,
         ROOT,
+        DECAY,
         "The authors' scripts have groups of 256, and their groups must divide the weights.",
         "scaling-for-scaling's rounds to nearest unless told otherwise.",
     ),

@@ -213,7 +213,11 @@ RECIPES = (
         paper=PAPER,
         state="(12 if exact else 8) * m * n",
         parts=(REST,),
-        differs=(EMBEDDINGS, "timm has c = g at the first step."),
+        differs=(
+            EMBEDDINGS,
+            "The authors' exact form has g' = 0 at the first step, too.",
+            "timm has c = g at the first step.",
+        ),
     ),
     Recipe(
         "mars_shampoo",

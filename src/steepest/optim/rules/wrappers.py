@@ -212,11 +212,11 @@ class Rounding(Wrapper):
         new, changed = self.inner.move(param, direction, state, h)
         if param.dtype is not torch.bfloat16:
             return new, changed
-        rounded, own = self.rounded(new, param, state, h)
+        rounded, own = self.rounded(new.float(), param, state, h)
         return rounded, {**changed, **own}
 
     def rounded(self, new: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
-        """Return the new value in bfloat16, and the state entries that changed."""
+        """Return the new value, one of bfloat16's, and the state entries that changed."""
         raise NotImplementedError
 
 

@@ -319,7 +319,11 @@ def memory(arguments: list[str]) -> None:
     """Print what weights, gradients and optimizer state take."""
     arguments, given = hyperparameters_in(arguments, flags_of(Memory))
     args: Memory = parse(Memory, "memory", arguments)
-    names = args.optimizer or tuple(catalogue.names())
+    names = args.optimizer or tuple(
+        name
+        for name in catalogue.names()
+        if given.keys() <= catalogue.recipe(name).hyperparameters().keys()
+    )
     with torch.device("meta"):
         model = models.Llama(models.size(args.model))
     dtype = getattr(torch, args.dtype)
@@ -355,6 +359,8 @@ def hyperparameters_in(arguments: list[str], flags: list[str]) -> tuple[list[str
             rest.append(word)
             continue
         text = value if equals else next(words, "")
+        if not text or text.startswith("--"):
+            raise UserError(f"{word} needs a value, as in {word} 4 or {word} true.")
         try:
             read = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

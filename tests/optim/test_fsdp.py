@@ -139,7 +139,8 @@ class Job:
     optimizer: str | Rule
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str = "even"
-    way: str = "dcp"
+    way: str | None = "dcp"
+    """How it is saved, None for not at all."""
     replicas: int = 1
     """Groups of processes that each hold the whole model (HSDP)."""
     tensors: int = 1
@@ -163,10 +164,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lamb": {"lr": 3e-3},
     "schedulefree_adamw": {"lr": 3e-3},
 }
-NAMES = [name for name in OPTIONS if name in steepest.names()]
+NAMES = list(OPTIONS)
+SAVED = ("adamw", "muon")
+"""Also saved by four processes, which takes a third of the time."""
 JOBS = {
     **{name: Job(name, OPTIONS[name], worlds=(2,)) for name in NAMES},
-    **{f"{name} uneven": Job(name, OPTIONS[name], "uneven", worlds=(4,)) for name in NAMES},
+    **{
+        f"{name} uneven": Job(
+            name, OPTIONS[name], "uneven", "dcp" if name in SAVED else None, worlds=(4,)
+        )
+        for name in NAMES
+    },
     "adamw": Job("adamw", OPTIONS["adamw"]),
     "muon": Job("muon", OPTIONS["muon"]),
     "muon fused": Job("muon", OPTIONS["muon"], "fused"),
@@ -272,12 +280,15 @@ def run(job: Job, label: str, folder: str) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {}
     optimizer = sharded(job, module)
     train(module, optimizer, range(MIDDLE), *place)
-    save(job.way, module, optimizer, f"{folder}/{label}")
+    if job.way is not None:
+        save(job.way, module, optimizer, f"{folder}/{label}")
     train(module, optimizer, range(MIDDLE, STEPS), *place)
     found["trained"] = whole(module)
     optimizer.eval()
     found["evaluated"] = whole(module)
     optimizer.train()
+    if job.way is None:
+        return found
     with torch.no_grad():
         for p in other.parameters():
             p.zero_()
@@ -382,7 +393,7 @@ def test_processes_are_one(label: str, world: int, of_processes: Callable[[int],
     moved_alike(found["evaluated"], whole(module), start)
 
 
-@cases(JOBS)
+@cases(label for label, job in JOBS.items() if job.way is not None)
 def test_a_checkpoint_continues_to_the_bit(
     label: str, world: int, of_processes: Callable[[int], Found]
 ) -> None:

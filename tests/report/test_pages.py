@@ -27,6 +27,7 @@ def test_pages_are_current(name: str) -> None:
 @pytest.mark.parametrize("name", steepest.names())
 def test_every_optimizer_was_measured_in_both_precisions(name: str) -> None:
     against_paper = [c for c in fidelity(name) if not c.package]
-    assert {c.comparison.partition(",")[0] for c in against_paper} == {"float32", "float64"}
+    assert {c.comparison.partition(",")[0] for c in against_paper} >= {"float32", "float64"}
     for comparison in fidelity(name):
-        assert comparison.error <= 1e-5 or comparison.note
+        limit = 5e-2 if comparison.comparison.startswith("bfloat16") else 1e-5
+        assert comparison.error <= limit or comparison.note

@@ -26,7 +26,7 @@ def create(
     model: nn.Module | Iterable[Any],
     *,
     preset: str | None = None,
-    wrap: str | Sequence[str] = (),
+    wrap: str | Sequence[str] | None = None,
     roles: Mapping[str, Role | str | NamedRole] | None = None,
     decay_roles: Iterable[Role | str] = DECAYED,
     runs: int | None = None,
@@ -45,7 +45,8 @@ def create(
     Parameter groups keep what they set; one without a role decays all of its parameters.
 
     `preset` names tuned hyperparameters (`steepest optimizers NAME` lists them); what is given
-    beside it wins. `wrap` names wrappers around the rule, innermost first (`["cautious"]`). `roles`
+    beside it wins, `wrap` included. `wrap` names wrappers, innermost first (`["cautious"]`): around
+    the method's own rule, and those that average or store weights around every role's. `roles`
     overrides the roles of parameters by name or pattern. `decay_roles` are the roles that weight
     decay applies to: hidden and head unless asked. `runs`, `compile`, `seed` and `nonfinite` are
     those of `Optimizer`. `hyperparameters` are those of `describe(name)`, the paper's by default.
@@ -55,23 +56,26 @@ def create(
     is in doubt and matters.
     """
     found = recipe(name) if isinstance(name, str) else _own(name)
-    wrap = [wrap] if isinstance(wrap, str) else list(wrap)
     if preset is not None:
         tuned = find_preset(found.name, preset)
         hyperparameters = {**tuned.hyperparameters, **hyperparameters}
-        wrap = wrap or list(tuned.wrap)
+        wrap = tuned.wrap if wrap is None else wrap
+    wrap = [wrap] if isinstance(wrap, str) else list(wrap or ())
     rule, label = _wrapped(found, wrap)
+    rules = {label: rule} | {_label(found, p): _around(p.rule, wrap) for p in found.parts}
     _check_names(found, rule, hyperparameters)
     decayed = {as_role(role) for role in decay_roles}
     groups: dict[Hashable, dict[str, Any]] = {}
-    for index, (params, named, extra) in enumerate(_members(model, roles)):
+    for index, (params, named, extra) in enumerate(_members(model, roles, runs)):
         part = found.part_of(None if named is None else named.role)
         if found.routed and named is None:
             raise UserError(
                 f"{found.name} treats embeddings, heads and hidden matrices differently, so it "
                 "needs to know them: pass the nn.Module, or parameter groups with a 'role' each."
             )
-        group = _group(found, part, label, rule, hyperparameters)
+        group = {"rule": label, **_given(rule, hyperparameters)}
+        if part is not None:
+            group = _group_of_part(found, part, rules[_label(found, part)], hyperparameters)
         if named is not None:
             _warn_of_doubt(found, part, params, named, rule)
             group |= _layout(named, rule if part is None else part.rule)
@@ -86,7 +90,6 @@ def create(
         own = (decays, *sorted(map(repr, group.items())))
         key: Hashable = index if extra is not None else own
         groups.setdefault(key, {**group, **(extra or {}), "params": []})["params"].extend(params)
-    rules = {label: rule} | {_label(found, p): _stored(p.rule, wrap) for p in found.parts}
     return Optimizer(
         list(groups.values()), rules, runs=runs, compile=compile, seed=seed, nonfinite=nonfinite
     )
@@ -105,10 +108,10 @@ def _wrapped(found: Recipe, wrap: Sequence[str]) -> tuple[Rule, str]:
     return rule, " ".join([*reversed(wrap), found.name])
 
 
-def _stored(rule: Rule, wrap: Sequence[str]) -> Rule:
-    """Return the rule of a part, stored as the main one."""
+def _around(rule: Rule, wrap: Sequence[str]) -> Rule:
+    """Return the rule of a part with the wrappers that go around the rules of all roles."""
     for wrapper in wrap:
-        rule = WRAPPERS[wrapper](inner=rule) if WRAPPERS[wrapper].stores else rule
+        rule = WRAPPERS[wrapper](inner=rule) if WRAPPERS[wrapper].everywhere else rule
     return rule
 
 
@@ -130,12 +133,13 @@ def _given(rule: Rule, values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in rule.hyperparameters()}
 
 
-def _group(
-    found: Recipe, part: Part | None, label: str, rule: Rule, values: Mapping[str, Any]
+def _group_of_part(
+    found: Recipe, part: Part, wrapped: Rule, values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    if part is None:
-        return {"rule": label, **_given(rule, values)}
-    return {"rule": _label(found, part), **part.given(found.rule, values)}
+    """Return what a part's group sets: its own hyperparameters, and those of its wrappers."""
+    inner = part.rule.hyperparameters()
+    around = {k: v for k, v in _given(wrapped, values).items() if k not in inner}
+    return {"rule": _label(found, part), **around, **part.given(found.rule, values)}
 
 
 def _label(found: Recipe, part: Part) -> str:
@@ -171,7 +175,9 @@ def _tensors(params: list[Any]) -> Iterator[tuple[str | None, Tensor]]:
 
 
 def _members(
-    model: nn.Module | Iterable[Any], roles: Mapping[str, Role | str | NamedRole] | None
+    model: nn.Module | Iterable[Any],
+    roles: Mapping[str, Role | str | NamedRole] | None,
+    runs: int | None,
 ) -> Iterable[tuple[list[Any], NamedRole | None, dict[str, Any] | None]]:
     """Yield parameters with their role, None where it is not known, and what their group sets.
 
@@ -179,6 +185,11 @@ def _members(
     """
     if isinstance(model, nn.Module):
         parameters = dict(model.named_parameters())
+        if runs is not None:
+            raise UserError(
+                "With runs the leading dimension of every parameter counts runs, which a module's "
+                "layers do not say; pass parameter groups with a 'role' each."
+            )
         for name, named in find_roles(model, roles).items():
             yield [(name, parameters[name])], named, None
         return
@@ -192,4 +203,8 @@ def _members(
             yield [params] if isinstance(params, Tensor) else list(params), group_role, extra
         else:
             tensor = member[1] if isinstance(member, tuple) else member
-            yield [member], NamedRole(Role.VECTOR) if tensor.ndim < 2 else None, None
+            yield (
+                [member],
+                NamedRole(Role.VECTOR) if tensor.ndim - (runs is not None) < 2 else None,
+                None,
+            )

@@ -29,6 +29,7 @@ RESERVED = frozenset(
         "rule",
         "role",
         "initial_lr",
+        "name",
         "shared",
         "split",
         "transposed",
@@ -144,10 +145,13 @@ class RuledGroups(torch.optim.Optimizer):
 
     def _plan(self, group: dict[str, Any]) -> Plan:
         self._normalise(group)  # A distributed checkpoint makes lists of tuples.
-        keys = {p: random.new_key(self.seed, i) for i, p in enumerate(self._parameters())}
+        rule = self.rules[group["rule"]]
+        keys = {}
+        if rule.draws:
+            keys = {p: random.new_key(self.seed, i) for i, p in enumerate(self._parameters())}
         plan = Plan.of(
             group,
-            self.rules[group["rule"]],
+            rule,
             self.state,
             runs=self.runs,
             compiled=self._compiles(),
@@ -263,7 +267,7 @@ class RuledGroups(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in OWN_ATTRIBUTES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._made = []
+        self.__dict__.setdefault("_made", []).clear()
         super().__setstate__(state)
 
 

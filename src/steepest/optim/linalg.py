@@ -88,8 +88,3 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     finite = torch.nan_to_num(matrix.double(), posinf=0.0, neginf=0.0)
     values, vectors = torch.linalg.eigh(finite)
     return values, vectors
-
-
-def sign(x: Tensor) -> Tensor:
-    """Return -1, 0 or 1, and NaN where x is NaN, for which torch.sign has 0."""
-    return torch.where(x.isnan(), x, torch.sign(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +39,15 @@ def held(
 ) -> list[Held]:
     """Return what a model's parameters, gradients and optimizer state take, role by role.
 
-    `model` is best on the meta device. `dtype` is that of parameters and gradients; state is in
-    float32 as the engine keeps it (8-bit codes stay what they are), or counted as if its floating
-    point tensors were in `state_dtype`, as they are in tables made with pure bfloat16. Step counts
-    on the host are left out. Raises what `create` raises.
+    `model` may be anywhere, also on the meta device; it stays as it is. `dtype` is that of
+    parameters and gradients. State is in float32 as the engine keeps it (8-bit codes stay what they
+    are), or counted as if its floating point tensors were in `state_dtype`, as they are in tables
+    made with pure bfloat16. Step counts on the host are left out. Raises what `create` raises.
     """
-    model = model.to(device="meta", dtype=dtype)
+    twins: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
+    for p in model.parameters():
+        twins[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+    model = copy.deepcopy(model, twins).to(dtype)  # the caller's stays as it is
     made = create(optimizer, model, roles=roles, wrap=wrap, compile=False, **hyperparameters)
     made.state_bytes()  # lays the state out
     named = find_roles(model, roles)

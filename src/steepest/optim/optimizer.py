@@ -13,7 +13,7 @@ from steepest.errors import UserError
 from steepest.optim.groups import EVALUATING, RuledGroups
 from steepest.optim.live import Layout
 from steepest.optim.pieces import anywhere, copy_to
-from steepest.optim.rule import Extra
+from steepest.optim.rule import Extra, overrides
 from steepest.optim.turns import Turn, Values, combine, to_device
 
 
@@ -60,6 +60,7 @@ class Optimizer(RuledGroups):
             with torch.enable_grad():
                 loss = closure()
         if self._nonfinite():
+            self._observed.clear()
             return loss
         self._check_observed()
         turns = [turn for plan in self._plans() for turn in plan.due(self.state)]
@@ -107,6 +108,8 @@ class Optimizer(RuledGroups):
         of the batch. "previous_weights": of the loss on the coming batch at the weights before the
         last step, which `previous_weights()` puts in place.
         """
+        if not any(overrides(rule, "wants") for rule in self.rules.values()):
+            return set()
         found = {extra for plan in self._plans() for extra in plan.wants(self.state)}
         return found - self._observed
 
@@ -117,7 +120,7 @@ class Optimizer(RuledGroups):
         `batch_tokens` is the number of tokens that their loss is the mean of.
         """
         wanted = self.wants()
-        for plan in self._plans():
+        for plan in [] if self._nonfinite() else self._plans():
             for turn in plan.due_to_observe(wanted, self.state):
                 values = {**turn.values(), "batch_tokens": float(batch_tokens)}
                 layout = Layout.of(values)

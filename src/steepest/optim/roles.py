@@ -156,13 +156,23 @@ class _Place:
         return self.path.rpartition(".")[2]
 
 
-def _role(place: _Place, output: nn.Module | None) -> NamedRole:
-    if place.parameter.ndim < 2:
+def _vector(place: _Place) -> NamedRole | None:
+    """Return the role of what is no matrix, None for what may be one."""
+    shape = place.parameter.shape
+    if len(shape) < 2:
         matrix = isinstance(place.module, (nn.Linear, nn.Embedding)) and place.name == "weight"
         doubt = "it is flattened, as by FSDP1 and ZeRO 3; FSDP2 keeps matrices" if matrix else ""
-        return NamedRole(Role.VECTOR, f"{place.parameter.ndim} dimensions", doubt=doubt)
+        return NamedRole(Role.VECTOR, f"{len(shape)} dimensions", doubt=doubt)
+    if len(shape) > 2 and sum(side > 1 for side in shape) < 2:
+        return NamedRole(Role.VECTOR, "one side longer than 1")
     if place.name == "bias" or place.name.endswith("_bias"):
         return NamedRole(Role.VECTOR, f"biases of a {place.kind}")
+    return None
+
+
+def _role(place: _Place, output: nn.Module | None) -> NamedRole:
+    if (vector := _vector(place)) is not None:
+        return vector
     if isinstance(place.module, (nn.Embedding, nn.EmbeddingBag)):
         return NamedRole(Role.EMBEDDING, f"weight of a {place.kind}")
     if place.module is output:

@@ -242,6 +242,9 @@ class Wrapper(Rule):
     stores: ClassVar[bool] = False
     """It decides how the parameter is stored, so that nothing goes around it."""
 
+    everywhere: ClassVar[bool] = False
+    """`create` puts it around the rules of all roles, not around the method's own alone."""
+
     reads_param: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

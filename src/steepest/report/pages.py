@@ -14,6 +14,7 @@ from steepest.optim.fidelity import Comparison, fidelity
 from steepest.optim.memory import held
 from steepest.optim.presets import presets
 
+PRECISIONS = ("float64", "float32", "bfloat16")
 SIZES = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b")
 
 
@@ -84,7 +85,7 @@ def fidelity_page() -> str:
     """Return the page of measured errors."""
     names = (*catalogue.names(), *catalogue.WRAPPERS)
     rows = [row for name in names for row in _fidelity_rows(name)]
-    titles = ("optimizer", "compared with", "float64", "float32", "conventions, reasons")
+    titles = ("optimizer", "compared with", *PRECISIONS, "conventions, reasons")
     differing = "".join(
         f"- **{name}**: {sentence}\n"
         for name in catalogue.names()
@@ -93,16 +94,14 @@ def fidelity_page() -> str:
     return _page("fidelity", rows=table(titles, rows), differing=differing)
 
 
-def _fidelity_rows(name: str) -> list[tuple[str, str, str, str, str]]:
+def _fidelity_rows(name: str) -> list[tuple[str, ...]]:
     measured = fidelity(name)
     rows = []
     for package in dict.fromkeys(c.package for c in measured):
         mine = [c for c in measured if c.package == package]
         notes = dict.fromkeys(c.note for c in mine if c.note)
-        what = package or "the paper, float64 NumPy"
-        rows.append(
-            (name, what, _worst(mine, "float64"), _worst(mine, "float32"), "; ".join(notes))
-        )
+        errors = [_worst(mine, precision) for precision in PRECISIONS]
+        rows.append((name, package or "the paper, float64 NumPy", *errors, "; ".join(notes)))
     return rows
 
 

@@ -27,7 +27,7 @@ class Learner:
         self.model = Llama(config.model, torch.Generator().manual_seed(config.training.seed))
         self.model.to(device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = optimizers.build(config.optimizer, self.model)
+        self.optimizer = optimizers.build(config.optimizer, self.model, config.training.seed)
         if evaluation.has_modes(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]
         self._takes_closure = _requires_closure(self.optimizer)

@@ -28,8 +28,10 @@ from steepest.train.identity import is_class, is_file
 OwnClass = type[Any]
 
 
-def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build(config: OptimizerConfig, model: nn.Module, seed: int = 0) -> torch.optim.Optimizer:
     """Return the optimizer of `model` that `config` describes.
+
+    `seed` is that of the random numbers that some rules use.
 
     A class of one's own that takes `weight_decay` gets two parameter groups: tensors of two or more
     dimensions with the decay of `options`, vectors without any. Otherwise it gets all parameters.
@@ -40,14 +42,14 @@ def build(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     options = {key: _tuple(value) for key, value in config.options.items()}
     if not is_class(config.name):
         try:
-            return steepest.create(config.name, model, lr=config.lr, **options)
+            return steepest.create(config.name, model, lr=config.lr, seed=seed, **options)
         except (TypeError, ValueError) as error:
             raise _failed(config, error) from error
     cls, _ = load_class(config.name)
     if issubclass(cls, steepest.Rule):
         own_rule: type[Any] = cls
         try:
-            return steepest.create(own_rule(), model, lr=config.lr, **options)
+            return steepest.create(own_rule(), model, lr=config.lr, seed=seed, **options)
         except (TypeError, ValueError) as error:
             raise _failed(config, error) from error
     names = _check_options(cls, config)

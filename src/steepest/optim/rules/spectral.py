@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from steepest.optim import random
-from steepest.optim.linalg import newton_schulz, sign
+from steepest.optim.linalg import newton_schulz
 from steepest.optim.live import Hyper
 from steepest.optim.recipe import HIDDEN, Part, Recipe
 from steepest.optim.roles import Role
-from steepest.optim.rule import Rule, State, ema, one_of
+from steepest.optim.rule import Rule, State, ema, one_of, sign
 from steepest.optim.rules.adam import AdamW, adam_for_the_rest
 
 BALL_EPS = 1e-8

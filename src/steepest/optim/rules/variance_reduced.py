@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steepest.optim.linalg import newton_schulz, sign
+from steepest.optim.linalg import newton_schulz
 from steepest.optim.live import Hyper
 from steepest.optim.recipe import HIDDEN, Part, Recipe
 from steepest.optim.roles import Role
-from steepest.optim.rule import Extra, Rule, State, ema
+from steepest.optim.rule import Extra, Rule, State, ema, sign
 from steepest.optim.rules.adam import AdamW
 
 

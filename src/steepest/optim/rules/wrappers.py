@@ -171,6 +171,7 @@ class Lookahead(Wrapper):
     alpha: float = 0.5
 
     prefix: ClassVar[str] = "lookahead"
+    everywhere: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     averages: ClassVar[bool] = True
 
@@ -204,6 +205,7 @@ class Rounding(Wrapper):
 
     elementwise: ClassVar[bool] = True
     stores: ClassVar[bool] = True
+    everywhere: ClassVar[bool] = True
 
     def move(
         self, param: Tensor, direction: Tensor, state: State, h: Hyper

@@ -85,7 +85,7 @@ class Learner:
 
         The draw depends on the run's seed and the step alone.
         """
-        seed = 0x5EED + (self.config.training.seed << 32) + self.schedule.last_epoch
+        seed = (0x5EED + (self.config.training.seed << 32) + self.schedule.last_epoch) % (1 << 63)
         generator = torch.Generator(self.device).manual_seed(seed)
         drawn = []
         for part in inputs.chunk(self.config.training.gradient_accumulation):

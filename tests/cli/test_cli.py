@@ -9,6 +9,8 @@ import pytest
 
 import steepest
 from steepest import cli, models
+from steepest.cli.arguments import flags_of
+from steepest.cli.commands import COMMANDS
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -58,16 +60,16 @@ def test_wrong_input_is_one_sentence_and_exit_2(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_help_explains_every_flag(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert run(monkeypatch, command, "--help") == 0
     text = capsys.readouterr().out
-    kind, _ = cli.COMMANDS[command]
+    kind, _ = COMMANDS[command]
     assert " ".join((kind.__doc__ or "").split())[:40] in " ".join(text.split())
-    for flag in cli.flags_of(kind):
+    for flag in flags_of(kind):
         assert flag.split(".")[-1] in text
 
 
@@ -76,7 +78,7 @@ def test_overview_lists_the_commands(
 ) -> None:
     assert run(monkeypatch) == 0
     text = capsys.readouterr().out
-    assert all(f"steepest {command}" in text for command in cli.COMMANDS)
+    assert all(f"steepest {command}" in text for command in COMMANDS)
 
 
 def test_lists_are_complete(

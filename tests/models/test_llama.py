@@ -10,6 +10,7 @@ import torch
 
 from steepest.errors import UserError
 from steepest.models import Llama, LlamaConfig
+from steepest.models.rotary import turn
 
 SMALL = LlamaConfig(
     vocab_size=37, hidden_size=24, layers=2, heads=4, intermediate_size=20, max_sequence_length=64
@@ -105,7 +106,7 @@ def test_loss_in_chunks_has_the_gradient_of_the_whole(monkeypatch: pytest.Monkey
     torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()).backward()
     whole = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr("steepest.models.llama.CPU_LOSS_CHUNK", 7)  # 44 = 6 * 7 + 2
+    monkeypatch.setattr("steepest.models.cross_entropy.CHUNK_TOKENS", {"cpu": 7})  # 44 = 6 * 7 + 2
     model.loss(tokens, targets).backward()
     for parameter, expected in zip(model.parameters(), whole, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
@@ -127,7 +128,7 @@ def test_attention_sees_relative_positions_only() -> None:
     rotary = build(SMALL).rotary
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(SMALL.head_size, generator=generator) for _ in range(2))
-    repeated_q, repeated_k = (rotary(x.expand(1, 1, 40, -1))[0, 0] for x in (q, k))
+    repeated_q, repeated_k = (turn(x.expand(1, 1, 40, -1), rotary(40))[0, 0] for x in (q, k))
     scores = repeated_q @ repeated_k.T
     for distance in (-5, 0, 11):
         diagonal = scores.diagonal(distance)
@@ -231,7 +232,7 @@ def test_long_sequences_take_the_other_attention_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         short = model(tokens).float()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("steepest.models.llama.CPU_FLOAT32_ATTENTION_LENGTH", 0)
+            patch.setattr("steepest.models.attention.CPU_FLOAT32_ATTENTION_LENGTH", 0)
             long = model(tokens).float()
     assert 0 < (short - long).abs().max() < 0.1 * short.abs().max()
 

@@ -17,7 +17,7 @@ from steepest.study.store import load_race
 pytestmark = pytest.mark.slow
 
 COMMAND = [
-    *(sys.executable, "-m", "steepest.cli", "race", "sgd", "adamw", "muon"),
+    *(sys.executable, "-m", "steepest", "race", "sgd", "adamw", "muon"),
     *("--tokens", "102400", "--seeds", "2", "--out", "race"),
     *("--lrs", "sgd=0.1,0.3", "adamw=0.003,0.01", "muon=0.01,0.02"),
 ]

@@ -2,53 +2,66 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from steepest.errors import UserError
-from steepest.models.config import LlamaConfig
-from steepest.models.rotary import Rotary
-
-RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
-# Up to this length the CPU kernel of scaled_dot_product_attention is faster in float32 than in
-# bfloat16, most of all backward (5 times at 128 positions and heads of 16); at 512 it is slower.
-CPU_FLOAT32_ATTENTION_LENGTH = 256
-# Logits of this many tokens at a time stay in the CPU's cache: 20 % off the head and loss of a
-# small model.
-CPU_LOSS_CHUNK = 256
+from steepest.models import documents as packed
+from steepest.models.attention import attend
+from steepest.models.language_model import Features, LanguageModel
+from steepest.models.layers import Linear, RMSNorm, SwiGLU, scaled
+from steepest.models.mup import MuPConfig
+from steepest.models.rotary import Rotary, Turns, turn
 
 
-class Linear(nn.Linear):
-    """A matrix without bias; `Llama.reset_parameters` draws its values."""
+@dataclass(frozen=True)
+class LlamaConfig(MuPConfig):
+    """Shape of a LLaMA model (Touvron et al., 2023, arXiv:2302.13971).
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    `kv_heads` below `heads` gives grouped-query attention (Ainslie et al., 2023,
+    arXiv:2305.13245); None means as many as `heads`. Raises UserError when a value is impossible.
+    """
 
-    def reset_parameters(self) -> None:
-        """Leave the values alone: torch's own draw would use global random state."""
+    architecture: Literal["llama"] = "llama"
+    """Which model this is the config of."""
+    heads: int = 4
+    """Attention heads; each has hidden_size / heads channels."""
+    kv_heads: int | None = None
+    """Heads of keys and values; as many as heads if not given."""
+    intermediate_size: int = 176
+    """Channels inside the MLP."""
+    rope_theta: float = 10_000.0
+    """Base of the wavelengths of the rotary positions."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts("heads", "intermediate_size")
+        if self.kv_heads is not None:
+            self.require_counts("kv_heads")
+        self.require_positive("rope_theta")
+        if self.hidden_size % (2 * self.heads) != 0:
+            raise UserError(
+                f"Model hidden_size must be an even multiple of heads (rotary embeddings turn "
+                f"pairs of channels), but {self.hidden_size} is not a multiple of {2 * self.heads}."
+            )
+        if self.heads % self.key_value_heads != 0:
+            raise UserError(
+                f"Model heads must be a multiple of kv_heads, "
+                f"but {self.heads} is not a multiple of {self.key_value_heads}."
+            )
 
-class Embedding(nn.Embedding):
-    """A table of token vectors; `Llama.reset_parameters` draws its values."""
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.heads
 
-    def reset_parameters(self) -> None:
-        """Leave the values alone: torch's own draw would use global random state."""
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of the keys and values: `kv_heads`, or `heads` when that is None."""
+        return self.heads if self.kv_heads is None else self.kv_heads
 
 
 class Attention(nn.Module):
@@ -57,43 +70,20 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_size = config.head_size
-        self.grouped = config.key_value_heads != config.heads
+        self.scale = config.attention_scale(config.head_size)
         key_value = config.key_value_heads * config.head_size
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, key_value)
         self.v_proj = Linear(config.hidden_size, key_value)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, turns: Turns, mask: Tensor | None) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        short = x.shape[1] <= CPU_FLOAT32_ATTENTION_LENGTH
-        dtype = torch.float32 if x.device.type == "cpu" and short else v.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(
-                rotary(q).to(dtype),
-                rotary(k).to(dtype),
-                v.to(dtype),
-                is_causal=True,
-                enable_gqa=self.grouped,
-            )
-        output: Tensor = self.o_proj(y.transpose(1, 2).flatten(-2).to(v.dtype))
-        return output
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020, arXiv:2002.05202)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y = attend(turn(q, turns), turn(k, turns), v, mask, self.scale)
+        output: Tensor = self.o_proj(y.transpose(1, 2).flatten(-2))
         return output
 
 
@@ -102,81 +92,45 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.branch_scale = config.branch_scale
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
-        output: Tensor = x + self.mlp(self.mlp_norm(x))
-        return output
+    def forward(self, x: Tensor, turns: Turns, mask: Tensor | None) -> Tensor:
+        x = x + scaled(self.attention(self.attention_norm(x), turns, mask), self.branch_scale)
+        return x + scaled(self.mlp(self.mlp_norm(x)), self.branch_scale)
 
 
-class Llama(nn.Module):
+class Llama(LanguageModel):
     """A LLaMA language model whose initial weights are those of `generator` (default: seed 0)."""
 
+    residual_outputs = ("o_proj.weight", "down_proj.weight")
+    config: LlamaConfig
+
     def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        super().__init__(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.rotary = Rotary(config.head_size, config.max_sequence_length, config.rope_theta)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
-        if self.norm.weight.device.type != "meta":
-            self.reset_parameters(generator or torch.Generator().manual_seed(0))
+        self.complete(generator)
 
-    @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw the initial weights: normal with deviation init_std, gains 1.
-
-        The outputs of attention and MLP, 2 * layers in all, get init_std / sqrt(2 * layers), so
-        that the residual stream starts at the same size at any depth (Radford et al., 2019). Values
-        are drawn in float32 on the generator's device: with a CPU generator they depend on its seed
-        alone, not on the device or dtype of the model.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-                continue
-            residual = name.endswith(RESIDUAL_OUTPUTS)
-            std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1)
-            values = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
-            parameter.copy_(values.normal_(0.0, std, generator=generator))
+        """Draw the initial weights and fill the rotary tables."""
+        super().reset_parameters(generator)
         self.rotary.reset_parameters()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits [batch, time, vocab] of the next token for int64 tokens [batch, time].
+    @property
+    def logit_scale(self) -> float:
+        """1 over the width factor of muP."""
+        return 1 / self.config.width_factor
 
-        Raises UserError when the sequence is longer than the config's max_sequence_length.
-        """
-        logits: Tensor = self.lm_head(self._hidden(tokens))
-        return logits
-
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats per token, float32, of int64 [batch, time]."""
-        hidden = self._hidden(tokens).flatten(0, 1)
-        chunk = CPU_LOSS_CHUNK if hidden.device.type == "cpu" else hidden.shape[0]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows, labels in zip(
-            torch.split(hidden, chunk), torch.split(targets.flatten(), chunk), strict=True
-        ):
-            logits = self.lm_head(rows).float()
-            total = total + F.cross_entropy(logits, labels, reduction="sum")
-        return total / targets.numel()
-
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        """Return the normalised last hidden states [batch, time, hidden]."""
-        if tokens.shape[1] > self.config.max_sequence_length:
-            raise UserError(
-                f"A sequence of {tokens.shape[1]} tokens is longer than the model's "
-                f"max_sequence_length of {self.config.max_sequence_length}."
-            )
-        x = self.embed_tokens(tokens)
+    def features(self, tokens: Tensor, documents: Tensor | None = None) -> Features:
+        """Return the last hidden states; see `LanguageModel.features`."""
+        turns = self.rotary(tokens.shape[1], documents)
+        mask = None if documents is None else packed.mask(documents)
+        x = scaled(self.embed_tokens(tokens), self.config.embedding_scale)
         for layer in self.layers:
-            x = layer(x, self.rotary)
-        output: Tensor = self.norm(x)
-        return output
+            x = layer(x, turns, mask)
+        return Features(self.norm(x), None, {})

@@ -131,6 +131,6 @@ def _memory_table(dtype: torch.dtype, state_dtype: torch.dtype | None) -> str:
 
 def _gigabytes(name: str, size: str, dtype: torch.dtype, state_dtype: torch.dtype | None) -> str:
     with torch.device("meta"):
-        model = models.Llama(models.size(size))
+        model = models.build(models.size(size))
     total = analysis.memory(held(name, model, dtype=dtype, state_dtype=state_dtype))
     return f"{(total.parameter_bytes + total.state_bytes) / GB:.2f}"

@@ -38,7 +38,7 @@ def race_seconds(plan: RacePlan, jobs: int) -> float:
 def _step_seconds(plan: RacePlan) -> float:
     """Return the time of an eager forward and backward pass on one thread."""
     config = plan.base
-    model = models.Llama(config.model)
+    model = models.build(config.model)
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64)
     times = []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from steepest.models import Llama
+from steepest.models import LanguageModel
 from steepest.train.config import RunConfig
 from steepest.train.evaluation import autocast
 
@@ -15,7 +15,7 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def loss_function(
-    model: Llama, config: RunConfig, device: torch.device
+    model: LanguageModel, config: RunConfig, device: torch.device
 ) -> tuple[LossFunction, list[str]]:
     """Return the model's loss on tokens and targets [batch, time], and what went wrong, if it did.
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from steepest import models
 from steepest.errors import UserError
-from steepest.models import LlamaConfig
 from steepest.train import identity, parsing
 
 Option = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
@@ -168,8 +168,8 @@ class Runtime:
 class RunConfig:
     """Everything that can change a loss of a run, and nothing else."""
 
-    model: LlamaConfig = field(default_factory=LlamaConfig)
-    """The model."""
+    model: models.Config = field(default_factory=models.LlamaConfig)
+    """The model; its key `architecture` says which, llama if not given."""
     data: DataConfig = field(default_factory=DataConfig)
     """The text and its batches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import steepest
-from steepest.models import Llama
+from steepest import models
 from steepest.train import checkpoints, evaluation, optimizers
 from steepest.train.compiling import loss_function
 from steepest.train.config import RunConfig
@@ -24,7 +24,7 @@ class Learner:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model = Llama(config.model, torch.Generator().manual_seed(config.training.seed))
+        self.model = models.build(config.model, torch.Generator().manual_seed(config.training.seed))
         self.model.to(device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = optimizers.build(config.optimizer, self.model, config.training.seed)

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import steepest
+from steepest import models
 from steepest.errors import UserError, unknown
-from steepest.models import Llama, LlamaConfig
 from steepest.train.config import OptimizerConfig
 from steepest.train.identity import is_class, is_file
 
@@ -70,13 +70,13 @@ def build(config: OptimizerConfig, model: nn.Module, seed: int = 0) -> torch.opt
     return optimizer
 
 
-def check(config: OptimizerConfig, model: LlamaConfig) -> None:
+def check(config: OptimizerConfig, model: models.ModelConfig) -> None:
     """Raise what `build` would raise for a model of this config, without allocating it."""
     if is_class(config.name):  # a constructor of the user's may look at values
-        build(config, Llama(LlamaConfig(8, 8, 1, 1, None, 8)))
+        build(config, models.build(models.LlamaConfig(8, 8, 1, heads=1, intermediate_size=8)))
         return
     with torch.device("meta"):
-        build(config, Llama(model))
+        build(config, models.build(model))
 
 
 def source_sha256(name: str) -> str:

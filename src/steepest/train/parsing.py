@@ -31,8 +31,8 @@ def read(cls: type[T], values: Mapping[str, Any], source: str, section: str = ""
         if key not in hints:
             raise UserError(f"{place}: {unknown('key', key, hints)}")
         name = f"{section}.{key}" if section else key
-        if dataclasses.is_dataclass(hints[key]):
-            arguments[key] = read(hints[key], value, source, name)
+        if (kind := _table(hints[key], value, f"{source}, section [{name}]")) is not None:
+            arguments[key] = read(kind, value, source, name)
         else:
             arguments[key] = _value(hints[key], value, f"{place}: {key}")
     try:
@@ -41,6 +41,21 @@ def read(cls: type[T], values: Mapping[str, Any], source: str, section: str = ""
         raise UserError(f"{source}: {error}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{place}: {error}") from error
+
+
+def _table(hint: Any, value: Any, where: str) -> Any:
+    """Return the dataclass that a table is read as, None if `hint` asks for a plain value.
+
+    Of several dataclasses the one is taken whose `architecture`, a literal, is that of the table;
+    without that key, the first.
+    """
+    kinds = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+    if len(kinds) < 2 or not isinstance(value, Mapping) or "architecture" not in value:
+        return kinds[0] if kinds else None
+    named = {get_args(get_type_hints(kind)["architecture"])[0]: kind for kind in kinds}
+    if value["architecture"] not in named:
+        raise UserError(f"{where}: {unknown('architecture', str(value['architecture']), named)}")
+    return named[value["architecture"]]
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -1,0 +1,32 @@
+"""Documents packed into one sequence: where each token stands in its own, and what it may see.
+
+Everywhere `documents` is int32 [batch, time]: numbers that are equal for neighbours of the same
+document and differ from one document to the next.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def starts(documents: Tensor) -> Tensor:
+    """Return bool [batch, time]: whether a token is the first of its document in the sequence."""
+    first = torch.ones_like(documents[:, :1], dtype=torch.bool)
+    return torch.cat((first, documents[:, 1:] != documents[:, :-1]), dim=1)
+
+
+def positions(documents: Tensor) -> Tensor:
+    """Return int64 [batch, time]: the position of every token in its document, from 0."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
+    return index - torch.where(starts(documents), index, 0).cummax(dim=1).values
+
+
+def mask(documents: Tensor) -> Tensor:
+    """Return bool [batch, 1, time, time]: whether a token (row) sees another (column).
+
+    It sees those of its own document up to itself.
+    """
+    number = starts(documents).cumsum(dim=1)
+    same = number[:, :, None] == number[:, None, :]
+    return same.tril()[:, None]

@@ -39,6 +39,7 @@ PUBLISHED = {
     "epfl-583m": 583_232_640,
     "epfl-720m": 719_636_480,
     "epfl-base-124m": 123_980_544,
+    "epfl-moe-520m": 520_022_784,
     "llama3-8b": 8_030_261_248,
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
@@ -74,6 +75,13 @@ def test_totals_are_the_published_ones() -> None:
     for name, matrices in MATRICES.items():
         gains = (2 * size(name).layers + 1) * size(name).hidden_size
         assert parameter_count(size(name)).non_embedding == matrices + gains, name
+
+
+def test_active_parameters_leave_idle_experts_out() -> None:
+    assert parameter_count(size("epfl-moe-520m")).active == 180_284_160  # published
+    assert parameter_count(size("llama-60m")).active == 58_073_600
+    shared = dataclasses.replace(size("epfl-moe-520m"), shared_experts=1)
+    assert parameter_count(shared).total == 520_013_568  # published
 
 
 def test_tables_of_tokens_and_positions_are_counted_as_embedding() -> None:

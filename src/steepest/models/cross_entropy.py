@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from steepest.models.layers import compute_dtype
+
 IGNORED = -100
 """Target of a position that has no loss."""
 CHUNK_TOKENS = {"cpu": 256, "cuda": 4096}
@@ -31,9 +33,7 @@ def sums(
     The gradient is made in the forward pass, chunk by chunk, so that no logits are kept for the
     backward pass.
     """
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    device, dtype = hidden.device.type, compute_dtype(hidden)
     tokens = max(CHUNK_TOKENS.get(device, 4096), -(-len(hidden) // MOST_CHUNKS))
     with torch.autocast(device, enabled=False):
         total, nats = _Sums.apply(  # type: ignore[no-untyped-call]

@@ -145,8 +145,9 @@ class GPT2(LanguageModel):
             mask, places = None, torch.arange(tokens.shape[1], device=tokens.device)
         else:
             mask, places = packed.mask(documents), packed.positions(documents)
-        x = self.embed_tokens(tokens) + self.embed_positions(places)
+        x = self.embed(tokens)
+        x = x + self.embed_positions(places).to(x.dtype)
         x = scaled(x, self.config.embedding_scale)
         for layer in self.layers:
-            x = layer(x, mask)
+            x = self.through(layer, x, mask)
         return Features(self.norm(x), None, {})

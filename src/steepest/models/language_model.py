@@ -6,11 +6,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from steepest.errors import UserError
 from steepest.models import cross_entropy, initialisation
 from steepest.models.config import ModelConfig
-from steepest.models.layers import Embedding, Linear, scaled
+from steepest.models.layers import Embedding, Linear, compute_dtype, scaled
 
 
 class Loss(NamedTuple):
@@ -48,6 +49,8 @@ class LanguageModel(nn.Module):
 
     config: ModelConfig
     lm_head: Linear
+    recompute_activations: bool = False
+    """Keep the inputs of layers alone for the backward pass, which computes the rest again."""
 
     def __init__(self, config: Any, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -110,6 +113,20 @@ class LanguageModel(nn.Module):
         if features.auxiliary is not None:
             objective = objective + features.auxiliary * (count / whole)
         return Loss(objective, nats / whole, features.statistics)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the tokens' vectors [batch, time, hidden], in bfloat16 where autocast is on.
+
+        So the residual stream is in the dtype of the matrices that read it.
+        """
+        x: Tensor = self.embed_tokens(tokens)
+        return x.to(compute_dtype(x))
+
+    def through(self, layer: nn.Module, x: Tensor, *context: Any) -> Any:
+        """Return what a layer makes of x, recomputed in the backward pass if so asked."""
+        if self.recompute_activations and self.training:
+            return checkpoint(layer, x, *context, use_reentrant=False)
+        return layer(x, *context)
 
     @property
     def logit_scale(self) -> float:

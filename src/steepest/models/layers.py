@@ -66,6 +66,12 @@ class SwiGLU(nn.Module):
         return output
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which matrices multiply x: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def scaled(x: Tensor, factor: float) -> Tensor:
     """Return x times a factor, x itself where that is 1."""
     return x if factor == 1 else x * factor

@@ -130,7 +130,7 @@ class Llama(LanguageModel):
         """Return the last hidden states; see `LanguageModel.features`."""
         turns = self.rotary(tokens.shape[1], documents)
         mask = None if documents is None else packed.mask(documents)
-        x = scaled(self.embed_tokens(tokens), self.config.embedding_scale)
+        x = scaled(self.embed(tokens), self.config.embedding_scale)
         for layer in self.layers:
-            x = layer(x, turns, mask)
+            x = self.through(layer, x, turns, mask)
         return Features(self.norm(x), None, {})

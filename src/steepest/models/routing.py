@@ -27,10 +27,20 @@ def by_tokens(logits: Tensor, experts: int, gates: str) -> tuple[Tensor, Tensor]
     `logits` is [tokens, all experts]. With "topk_softmax" the gates are the softmax of the chosen
     logits, with "softmax_topk" their part of the softmax of all.
     """
-    best, chosen = logits.topk(experts, dim=-1)
+    chosen = logits.topk(experts, dim=-1).indices
     if gates == "topk_softmax":
-        return chosen, best.softmax(-1)
-    return chosen, logits.softmax(-1).gather(-1, chosen)
+        return chosen, _picked(logits, chosen).softmax(-1)
+    return chosen, _picked(logits.softmax(-1), chosen)
+
+
+def _picked(x: Tensor, chosen: Tensor) -> Tensor:
+    """Return x[token, chosen[token, i]] as sums over all experts.
+
+    torch 2.13's inductor loses the gradient of a gather here when the auxiliary losses have one,
+    too.
+    """
+    numbers = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(chosen[..., None] == numbers, x[:, None], 0).sum(-1)
 
 
 def capacity(tokens: int, experts: int, factor: float) -> int:

@@ -108,7 +108,7 @@ def test_train_from_file_and_flags(
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text(
         '[data]\nbatch_size = 2\nsequence_length = 32\n[optimizer]\nname = "lion"\nlr = 1e-3\n'
-        "[schedule]\nwarmup_steps = 1\n[training]\nsteps = 3\neval_tokens = 64\n"
+        "[schedule]\nwarmup_steps = 1\n[training]\nsteps = 3\n[evaluation]\ntokens = 64\n"
     )
     flags = ("--optimizer.options", "weight_decay", "0.1", "--training.steps", "2")
     assert run(monkeypatch, "train", *flags, "run.toml") == 0

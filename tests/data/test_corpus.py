@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from steepest.data import catalogue
 from steepest.data import corpus as corpora
 from steepest.data.corpus import Corpus, load_corpus
 from steepest.errors import UserError
@@ -19,10 +20,10 @@ def test_the_embedded_corpus_is_what_its_entry_says() -> None:
     packed = resources.files("steepest.data").joinpath("corpora", "sotu.txt.xz").read_bytes()
     text = lzma.decompress(packed)
     assert len(packed) <= 1_300_000
-    assert len(text) == entry["bytes"]
-    assert hashlib.sha256(text).hexdigest() == entry["sha256"]
+    assert len(text) == entry.bytes
+    assert hashlib.sha256(text).hexdigest() == entry.sha256
     corpus = load_corpus("sotu")
-    assert len(corpus.documents) == entry["documents"]
+    assert len(corpus.documents) == entry.documents
     assert corpus.repeats == 0
     assert "public domain" in corpus.licence
 
@@ -33,9 +34,10 @@ def test_a_damaged_embedded_corpus_is_refused(
     folder = Path(str(resources.files("steepest.data").joinpath("corpora")))
     (tmp_path / "corpora.toml").write_bytes((folder / "corpora.toml").read_bytes())
     packed = (folder / "sotu.txt.xz").read_bytes()
-    monkeypatch.setattr(corpora, "_corpora", lambda: tmp_path)
+    monkeypatch.setattr(catalogue, "folder", lambda: tmp_path)
     corpora._load_embedded.cache_clear()
-    other = lzma.compress(lzma.decompress(packed).replace(b"freedom", b"Freedom", 1))
+    changed = lzma.decompress(packed).replace(b"freedom", b"Freedom", 1)
+    other = lzma.compress(changed, preset=0)
     for content in (other, packed[:5000], b"", packed[:100] + b"x" + packed[101:]):
         (tmp_path / "sotu.txt.xz").write_bytes(content)
         with pytest.raises(UserError, match="'sotu' is damaged"):
@@ -100,6 +102,7 @@ def test_a_file_without_form_feeds_is_split_at_blank_lines(tmp_path: Path) -> No
         ({"a.txt": b"only one"}, ".", "1 distinct document"),
         ({"a.txt": b""}, "a.txt", "0 distinct document"),
         ({"a.csv": b"1,2"}, "a.csv", "must be a .txt file"),
+        ({}, "c4", "steepest data prepare c4"),
     ],
 )
 def test_unusable_corpora_are_refused(

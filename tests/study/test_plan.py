@@ -27,9 +27,9 @@ def make_plan(*names: str, seeds: int = 3, tokens: int = 4096) -> RacePlan:
         precision="float32",
         compile=False,
     )
-    training = replace(base.training, eval_tokens=512)  # evaluations would be most of the time
+    evaluation = replace(base.evaluation, tokens=512)  # evaluations would be most of the time
     entrants = tuple(planning.entrant(name, ()) for name in names)
-    return RacePlan(entrants, replace(base, training=training), seeds, names[0], "race")
+    return RacePlan(entrants, replace(base, evaluation=evaluation), seeds, names[0], "race")
 
 
 def test_runs_differ_only_in_optimizer_and_seed() -> None:
@@ -106,9 +106,9 @@ def test_key_changes_with_the_protocol_only() -> None:
 def test_protocol_covers_everything_that_runs_share() -> None:
     plan = make_plan("adamw")
     for section, changed in {
-        "schedule": {"decay_fraction": 0.5},
+        "schedule": {"warmup_shape": "half_cosine"},
         "data": {"fingerprint": "of other texts"},
-        "training": {"eval_every": 1},
+        "evaluation": {"every": 1},
         "model": {"init_std": 0.1},
     }.items():
         part = replace(getattr(plan.base, section), **changed)

@@ -15,6 +15,7 @@ import torch
 from steepest.models import LlamaConfig
 from steepest.train import (
     DataConfig,
+    EvaluationConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -22,6 +23,9 @@ from steepest.train import (
 )
 
 MakeConfig = Callable[..., RunConfig]
+
+MEASURED = ("seconds", "part_seconds", "memory_bytes", "mfu")
+"""What records and results have that is another in each process: times and memory."""
 
 MOMENTUM = '''
 import torch
@@ -83,22 +87,30 @@ def momentum_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_config(corpus: Path) -> MakeConfig:
-    """Return a function that makes small configs; its keyword arguments replace fields by name."""
+    """Return a function that makes small configs; its keyword arguments replace fields by name.
+
+    A name that several sections have is given with its section: **{"averaging.every": 5}.
+    """
     base = RunConfig(
         model=LlamaConfig(vocab_size=300, hidden_size=16, layers=1, heads=2, intermediate_size=32),
         data=DataConfig(corpus=str(corpus), vocab_size=300, sequence_length=16, batch_size=4),
         optimizer=OptimizerConfig(name="torch.optim:AdamW", lr=1e-2),
         schedule=ScheduleConfig(warmup_steps=4),
-        training=TrainingConfig(steps=30, eval_every=10, eval_tokens=512),
+        training=TrainingConfig(steps=30),
+        evaluation=EvaluationConfig(every=10, tokens=512),
     )
 
     def make(**changes: Any) -> RunConfig:
         sections = {}
-        for section in ("model", "data", "optimizer", "schedule", "training"):
+        for section in (field.name for field in dataclasses.fields(RunConfig)):
             part = getattr(base, section)
             fields = {field.name for field in dataclasses.fields(part)}
-            fields -= {"name"} if section == "schedule" else set()
+            fields -= {"schedule": {"name"}, "averaging": {"every"}}.get(section, set())
             chosen = {key: value for key, value in changes.items() if key in fields}
+            own = {
+                k.partition(".")[2]: v for k, v in changes.items() if k.startswith(section + ".")
+            }
+            chosen |= own
             sections[section] = dataclasses.replace(part, **chosen)
         return RunConfig(**sections)
 

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def test_resumed_to_the_bit(
     name: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(name=name, lr=1e-3, steps=10, eval_every=5)
+    config = make_config(name=name, lr=1e-3, steps=10, every=5)
     whole = run(config, tmp_path / "whole", runtime=RUNTIME)
 
     monkeypatch.setattr("steepest.train.loop.PROGRESS_SECONDS", 0)
@@ -53,7 +53,21 @@ def test_every_group_follows_the_schedule(make_config: MakeConfig) -> None:
         assert lrs == pytest.approx([peak * factor for peak in peaks])
         learner.model.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
         learner.optimizer.step()
-        learner.schedule.step()
+        learner.advance()
+
+
+def test_clipping_is_of_the_new_gradient_where_the_last_is_kept(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    # ScionLight is Scion with its momentum in the gradients: under clipping the same steps.
+    options = {"ns_dtype": "float32", "scale": 10.0, "head_scale": 30.0}
+    common = {"lr": 0.02, "options": options, "clip_norm": 0.3, "gradient_accumulation": 2}
+    results = [
+        run(make_config(name=name, steps=12, every=4, **common), tmp_path, runtime=RUNTIME)
+        for name in ("scion", "scion_light")
+    ]
+    assert results[0]["val_loss"] < results[0]["initial_val_loss"] - 0.3
+    assert results[1]["val_loss"] == pytest.approx(results[0]["val_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from steepest.errors import UserError
-from steepest.train import RunConfig, Runtime
+from steepest.train import BatchConfig, RunConfig, Runtime
 from steepest.train.config import DataConfig, OptimizerConfig
 from steepest.train.identity import config_hash
 
@@ -19,14 +19,39 @@ PINNED = RunConfig(data=DataConfig(fingerprint="f" * 16))
 OTHER_VALUES: dict[str, Any] = {
     "schedule.name": "wsd",
     "training.precision": "bfloat16",
+    "training.nonfinite": "skip",
     "optimizer.options": {"weight_decay": 0.1},
+    "optimizer.wrap": ("cautious",),
+    "evaluation.at": (7, 30),
+    "averaging.ema": (0.9, 0.99),
+    "averaging.windows": (5,),
+    "model.init": "normal",
+    "model.mup_base_width": 32,
+    "model.depth_scale": 1.4,
+    "data.packing": "documents",
     "model.kv_heads": 2,
     "model.heads": 8,
     # A change that the rest of the config has to follow.
     "data.batch_size": 32,
     "training.gradient_accumulation": 2,
 }
+BATCHES: list[dict[str, Any]] = [
+    {"schedule": "ramp", "start_rows": 4, "increment_rows": 6, "ramp_rows": 99},
+    {"schedule": "norm_test", "eta": 0.5, "max_rows": 32},
+]
+TOGETHER: dict[str, dict[str, Any]] = {
+    "data.context": {"packing": "documents", "context": 64},
+    "schedule.first_step": {"first_step": 0},
+    "schedule.warmup_shape": {"warmup_shape": "half_cosine"},
+    "schedule.warmup_start_ratio": {"warmup_start_ratio": 0.5},
+    "schedule.weight_decay": {"weight_decay": "proportional"},
+    "schedule.decay_fraction": {"name": "wsd", "decay_fraction": 0.1},
+    "schedule.decay_shape": {"name": "wsd", "decay_shape": "sqrt"},
+    "schedule.constant_steps": {"name": "cosine_constant", "constant_steps": 5},
+}
+"""Values of fields that go with others only, or have few."""
 NOT_IN_THE_HASH = {"data.corpus"}
+ONE_VALUE = {"model.architecture"}
 
 
 def leaves() -> list[str]:
@@ -34,12 +59,19 @@ def leaves() -> list[str]:
         f"{section.name}.{leaf.name}"
         for section in dataclasses.fields(RunConfig)
         for leaf in dataclasses.fields(getattr(PINNED, section.name))
+        if f"{section.name}.{leaf.name}" not in ONE_VALUE
     ]
 
 
 def changed(leaf: str) -> RunConfig:
     section, name = leaf.split(".")
     part = getattr(PINNED, section)
+    if leaf in TOGETHER:
+        return dataclasses.replace(PINNED, **{section: dataclasses.replace(part, **TOGETHER[leaf])})
+    if section == "batch":  # and these with parts of a batch
+        training = dataclasses.replace(PINNED.training, gradient_accumulation=8)
+        values = next(values for values in BATCHES if name in values)
+        return dataclasses.replace(PINNED, batch=BatchConfig(**values), training=training)
     value = getattr(part, name)
     if leaf in OTHER_VALUES:
         other = OTHER_VALUES[leaf]
@@ -48,7 +80,7 @@ def changed(leaf: str) -> RunConfig:
     elif isinstance(value, int):
         other = value * 2 if value else 1
     elif isinstance(value, float):
-        other = value / 2
+        other = value / 2 if value else 0.5
     else:
         other = value + "x"
     config = dataclasses.replace(part, **{name: other})
@@ -127,7 +159,10 @@ def test_runtime_is_no_part_of_a_config() -> None:
         ("[training]\nsteps = true", "steps must be an integer, not True."),
         ("[training]\nsteps = 0", "training.steps must be at least 1, not 0."),
         ("[training]\ncompile = 1", "compile must be true or false, not 1."),
-        ("[training]\nprecision = 'fp16'", "must be one of 'float32', 'bfloat16', not 'fp16'."),
+        (
+            "[training]\nprecision = 'fp16'",
+            "precision must be one of 'float32', 'bfloat16', 'pure_bfloat16', ",
+        ),
         ("[optimizer]\nname = 3", "name must be a string, not 3."),
         ("[optimizer]\nlr = '1e-3'", "lr must be a number, not '1e-3'."),
         ("[optimizer]\nlr = -1", "optimizer.lr must be a positive number, not -1.0."),

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import steepest
 from steepest.errors import UserError
 from steepest.models import Llama, LlamaConfig
-from steepest.train import OptimizerConfig, Runtime, build, run
+from steepest.train import OptimizerConfig, Runtime, build, resolve, run
 from steepest.train.checkpoints import load_optimizer
 from steepest.train.evaluation import evaluation_weights
 from steepest.train.optimizers import source_sha256, state_bytes
+from steepest.train.resolving import open_data
 
 from .conftest import MakeConfig
 
@@ -218,3 +220,59 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
         torch.testing.assert_close(p.detach(), was - 1.0)
     with pytest.raises(UserError, match="'scale'"):
         build(OptimizerConfig(f"{path}:Plain", 0.5, {"scal": 2.0}), model)
+
+
+LENGTHS = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import steepest
+
+
+class Long(torch.optim.SGD):
+    def __init__(self, params, lr=0.1, total_steps=None):
+        super().__init__(params, lr=lr)
+        assert total_steps
+
+
+@dataclass(frozen=True)
+class Longer(steepest.Rule):
+    lr: float = 0.1
+    horizon: int | None = None
+    total_steps: ClassVar[frozenset[str]] = frozenset({"horizon"})
+"""
+
+
+def test_the_number_of_steps_is_filled_in_where_it_is_declared(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    tokens = open_data(make_config().data)
+    file = tmp_path / "lengths.py"
+    file.write_text(LENGTHS)
+
+    def options(name: str, **given: Any) -> dict[str, Any]:
+        return resolve(make_config(name=name, options=given, steps=42), tokens).optimizer.options
+
+    found = options("ademamix", beta3_warmup=7)
+    assert (found["alpha_warmup"], found["beta3_warmup"]) == (42, 7)
+    assert options(f"{file}:Long") == {"total_steps": 42}
+    assert options(f"{file}:Long", total_steps=3) == {"total_steps": 3}
+    assert options(f"{file}:Longer") == {"horizon": 42}
+    assert 42 not in options("adamw").values()
+    assert options("torch.optim:AdamW") == {}
+    assert "total steps: alpha_warmup, beta3_warmup" in steepest.describe("ademamix").hooks
+
+
+def test_ademamix_warms_up_over_the_whole_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    runtime = Runtime(threads=1, checkpoint_every=0)
+    implied = run(make_config(name="ademamix", steps=8), tmp_path, runtime=runtime)
+    lengths = {"alpha_warmup": 8, "beta3_warmup": 8}
+    given = run(make_config(name="ademamix", steps=8, options=lengths), tmp_path, runtime=runtime)
+    assert implied == given
+    other = run(
+        make_config(name="ademamix", steps=8, options={**lengths, "alpha_warmup": 2}),
+        tmp_path,
+        runtime=runtime,
+    )
+    assert other["val_loss"] != given["val_loss"]

@@ -16,7 +16,7 @@ from steepest.train import Progress, RunConfig, Runtime, read_metrics, resolve, 
 from steepest.train.evaluation import evaluate
 from steepest.train.learner import Learner
 
-from .conftest import MakeConfig
+from .conftest import MEASURED, MakeConfig
 
 EVERY_STEP = Runtime(log_every=1, checkpoint_every=0, threads=1)
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def folder_of(result: dict[str, object], runs: Path) -> Path:
 
 
 def test_a_run_writes_what_it_promises(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(steps=25, eval_every=10)
+    config = make_config(steps=25, every=10)
     seen: list[Progress] = []
     result = run(config, tmp_path, runtime=EVERY_STEP, on_progress=seen.append)
     folder = folder_of(result, tmp_path)
@@ -94,7 +94,7 @@ def test_same_config_same_bits_whatever_the_global_state(
         result = run(config, tmp_path / str(seed), runtime=EVERY_STEP)
         assert torch.equal(torch.get_rng_state(), before)
         metrics = read_metrics(folder_of(result, tmp_path / str(seed)) / "metrics.jsonl")
-        runs.append([{**record, "seconds": 0} for record in metrics])
+        runs.append([{k: v for k, v in record.items() if k not in MEASURED} for record in metrics])
     assert runs[0] == runs[1]
 
 
@@ -126,24 +126,23 @@ def test_accumulation_is_the_large_batch(make_config: MakeConfig) -> None:
         Learner(make_config(gradient_accumulation=parts, clip_norm=0.0), CPU) for parts in (1, 4)
     )
     torch.manual_seed(0)
-    inputs, targets = torch.randint(300, (2, 4, 16))
-    for learner in (whole, parts):
-        learner.result = learner.gradient(inputs, targets)  # type: ignore[attr-defined]
+    batch = data.Batch(*torch.randint(300, (2, 4, 16)))
+    results = [learner.gradient(batch) for learner in (whole, parts)]
     for left, right in zip(whole.parameters, parts.parameters, strict=True):
         assert left.grad is not None
         assert right.grad is not None
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-5, atol=1e-7)
-    for left, right in zip(whole.result, parts.result, strict=True):  # type: ignore[attr-defined]
+    for name in ("loss", "norm"):
+        left, right = (getattr(result, name) for result in results)
         torch.testing.assert_close(left, right, rtol=1e-5, atol=0)
 
 
 def test_clipping_scales_the_gradient_and_reports_its_norm_before(make_config: MakeConfig) -> None:
-    inputs, targets = torch.arange(128).reshape(2, 4, 16)
+    batch = data.Batch(*torch.arange(128).reshape(2, 4, 16))
     free = Learner(make_config(clip_norm=0.0), CPU)
-    _, norm = free.gradient(inputs, targets)
+    norm = free.gradient(batch).norm
     clipped = Learner(make_config(clip_norm=float(norm) / 10), CPU)
-    _, same_norm = clipped.gradient(inputs, targets)
-    assert norm == same_norm
+    assert norm == clipped.gradient(batch).norm
     for left, right in zip(free.parameters, clipped.parameters, strict=True):
         assert left.grad is not None
         assert right.grad is not None
@@ -151,22 +150,22 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before(make_config: M
 
 
 def test_evaluation_weighs_every_token_the_same(make_config: MakeConfig) -> None:
-    config = make_config(eval_tokens=16 * 7)  # seven sequences: no batch size divides them
+    config = make_config(tokens=16 * 7)  # seven sequences: no batch size divides them
     tokens = data.prepare(config.data.corpus, config.data.vocab_size)
     model = Llama(config.model)
     results = []
     for batch_size in (1, 4, 7):
-        sized = make_config(eval_tokens=16 * 7, batch_size=batch_size)
-        results.append(evaluate(model, tokens.validation, sized, CPU))
+        sized = make_config(tokens=16 * 7, batch_size=batch_size)
+        results.append(evaluate(model, tokens.validation, sized, CPU, tokens=16 * 7).nats)
     assert results == pytest.approx([results[0]] * 3, abs=1e-6)
 
     # Independently: every sequence alone, every token once.
     losses = []
-    for inputs, targets in data.validation_batches(
+    for batch in data.validation_batches(
         tokens.validation, batch_size=1, sequence_length=16, max_tokens=16 * 7
     ):
-        probabilities = model(inputs)[0].double().log_softmax(-1)
-        losses += [-probabilities[i, target].item() for i, target in enumerate(targets[0])]
+        probabilities = model(batch.tokens)[0].double().log_softmax(-1)
+        losses += [-probabilities[i, target].item() for i, target in enumerate(batch.targets[0])]
     assert len(losses) == 16 * 7
     assert results[0] == pytest.approx(statistics.mean(losses), abs=1e-5)
 

@@ -46,6 +46,24 @@ def flags_of(kind: type[Any], prefix: str = "") -> list[str]:
     return flags
 
 
+def value_of(flag: str, arguments: list[str]) -> str | None:
+    """Take a flag and its value out of the arguments; None if it is not there.
+
+    Raises UserError for a flag without a value.
+    """
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name != flag:
+            continue
+        del arguments[index]
+        if not equals:
+            if index == len(arguments) or arguments[index].startswith("--"):
+                raise UserError(f"{flag} needs a value.")
+            value = arguments.pop(index)
+        return value
+    return None
+
+
 def hyperparameters_in(arguments: list[str], flags: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Return the arguments without `--rank 256` and its like, and those as hyperparameters.
 

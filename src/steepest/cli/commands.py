@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from steepest.cli.data import Data, data
+from steepest.cli.export import Export, export_model
+from steepest.cli.generate import Generate, generate_text
 from steepest.cli.models import Models, list_models
 from steepest.cli.optimizers import Memory, Optimizers, memory, optimizers
 from steepest.cli.race import Race, Report, race, report
@@ -50,6 +53,9 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[list[str]], None]]] = {
     "race": (Race, race),
     "train": (Train, train_one),
     "report": (Report, report),
+    "export": (Export, export_model),
+    "generate": (Generate, generate_text),
+    "data": (Data, data),
     "optimizers": (Optimizers, optimizers),
     "memory": (Memory, memory),
     "models": (Models, list_models),

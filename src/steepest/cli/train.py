@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from tyro.conf import Positional
 
 from steepest import models, train
-from steepest.cli.arguments import parse
+from steepest.cli.arguments import parse, value_of
+from steepest.optim.presets import preset
 from steepest.report import live
+from steepest.train.stopping import forwarding
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train one model: config from a TOML file, flags on top."""
+    """Train one model: config from a TOML file, flags on top.
+
+    Shorter: --model NAME is a size of `steepest models` (its fields are flags, too), --data a
+    corpus or prepared folder, --optimizer a name of `steepest optimizers`, --preset one of its
+    tuned settings.
+    """
 
     config: Positional[Path | None] = None
     """TOML file with the sections below; what it leaves out keeps its default."""
@@ -23,7 +34,10 @@ class Train:
     data: train.DataConfig = field(default_factory=train.DataConfig)
     optimizer: train.OptimizerConfig = field(default_factory=train.OptimizerConfig)
     schedule: train.ScheduleConfig = field(default_factory=train.ScheduleConfig)
+    batch: train.BatchConfig = field(default_factory=train.BatchConfig)
     training: train.TrainingConfig = field(default_factory=train.TrainingConfig)
+    evaluation: train.EvaluationConfig = field(default_factory=train.EvaluationConfig)
+    averaging: train.AveragingConfig = field(default_factory=train.AveragingConfig)
     runtime: train.Runtime = field(default_factory=train.Runtime)
     out: Path = Path("results/runs")
     """Directory of runs; this one goes to <out>/<hash>."""
@@ -31,17 +45,19 @@ class Train:
 
 def train_one(arguments: list[str]) -> None:
     """Train one run and print its result."""
-    args: Train = parse(Train, "train", arguments)
-    if args.config is not None:  # again, with what the file says as the defaults of the flags
-        config = train.RunConfig.from_toml(args.config)
-        sections = {f.name: getattr(config, f.name) for f in fields(config)}
-        args = parse(Train, "train", arguments, Train(config=args.config, **sections))
-    sections = {f.name: getattr(args, f.name) for f in fields(train.RunConfig)}
-    console = Console()
-    with live.LiveRun(console) as watcher:
-        result = train.run(
-            train.RunConfig(**sections), args.out, runtime=args.runtime, on_progress=watcher
-        )
+    config, args = read(arguments)
+    if args.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(_start_processes(config, args, arguments))
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    stop = train.StopRequest()
+    try:
+        with live.LiveRun(console) as watcher, stop.listening():
+            result = train.run(
+                config, args.out, runtime=args.runtime, on_progress=watcher, stop=stop
+            )
+    except train.Preempted as told:
+        print(f"steepest: {told}", file=sys.stderr)
+        sys.exit(train.REQUEUE)
     console.print(
         f"{result['optimizer']} {result['status']}: "
         + (result["reason"] or f"validation loss {result['val_loss']:.4f} nats per token")
@@ -49,3 +65,75 @@ def train_one(arguments: list[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _start_processes(config: train.RunConfig, args: Any, arguments: list[str]) -> int:
+    """Have torchrun start this command in several processes here; return its exit code.
+
+    What the processes would refuse is refused before there are any.
+    """
+    train.check_batch(config.data.batch_size, args.runtime.processes)
+    train.check(config.optimizer, config.model)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", str(args.runtime.processes)]
+    child = subprocess.Popen([*torchrun, "-m", "steepest", "train", *arguments])
+    with forwarding(child):
+        return child.wait()
+
+
+def read(arguments: list[str]) -> tuple[train.RunConfig, Any]:
+    """Return the run that the arguments describe, and the arguments.
+
+    What the file says is the default of the short flags, and those of the others.
+    """
+    arguments, short = _short_flags(arguments)
+    file = next((Path(word) for word in arguments if word.endswith(".toml")), None)
+    base = train.RunConfig() if file is None else train.RunConfig.from_toml(file)
+    sections = {f.name: getattr(base, f.name) for f in fields(base)}
+    sections.update(_shortened(sections, short))
+    kind = _arguments_for(type(sections["model"]))
+    args = parse(kind, "train", arguments, kind(**sections))
+    return train.RunConfig(**{name: getattr(args, name) for name in sections}), args
+
+
+def _short_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the arguments without the short flags, and those."""
+    rest, short = list(arguments), {}
+    for name in ("model", "data", "optimizer", "preset"):
+        if (value := value_of(f"--{name}", rest)) is not None:
+            short[name] = value
+    return rest, short
+
+
+def _shortened(sections: dict[str, Any], short: dict[str, str]) -> dict[str, Any]:
+    """Return the sections that short flags change."""
+    changed = {}
+    data = sections["data"]
+    if "model" in short:
+        model = changed["model"] = models.size(short["model"])
+        data = replace(data, vocab_size=model.vocab_size)
+    if "data" in short:
+        data = replace(data, corpus=short["data"])
+    optimizer = sections["optimizer"]
+    if "optimizer" in short:
+        optimizer = train.OptimizerConfig(short["optimizer"])
+    if "preset" in short:
+        found = preset(optimizer.name, short["preset"])
+        values = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in found.hyperparameters.items()
+        }
+        lr = values.pop("lr", optimizer.lr)
+        optimizer = replace(optimizer, lr=lr, options=values, wrap=found.wrap)
+    return {**changed, "data": data, "optimizer": optimizer}
+
+
+def _arguments_for(model: type[Any]) -> type[Any]:
+    """Return `Train` with the flags of the model's architecture."""
+    if model is models.LlamaConfig:
+        return Train
+    kind = make_dataclass(
+        "Train", [("model", model, field(default_factory=model))], bases=(Train,), frozen=True
+    )
+    kind.__doc__ = Train.__doc__
+    return kind

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import re
-import tomllib
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
+from steepest.data import catalogue, text_files
+from steepest.data.streams import Place
 from steepest.errors import UserError
 
 FORM_FEED = "\f"
-MIN_PASSAGE_CHARACTERS = 2000
 HELD_OUT_EVERY = 10
 FIRST_HELD_OUT = 5
 
@@ -46,10 +42,9 @@ class Corpus:
         return tuple(training), held_out
 
 
-def embedded() -> dict[str, dict[str, Any]]:
-    """Return `corpora.toml`: name -> its source, licence, size and SHA-256."""
-    text = _corpora().joinpath("corpora.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
+def embedded() -> dict[str, catalogue.Entry]:
+    """Return the entries of the corpora that come with the package, by name."""
+    return {name: entry for name, entry in catalogue.corpora().items() if entry.kind == "embedded"}
 
 
 def load_corpus(corpus: str) -> Corpus:
@@ -57,10 +52,16 @@ def load_corpus(corpus: str) -> Corpus:
 
     A single file is split at form feeds or, having none, at blank lines into passages of at least
     2000 characters. Raises UserError when there is nothing to read, when a file is not UTF-8, when
-    fewer than two documents remain (one must be held out), and when an embedded corpus is damaged.
+    fewer than two documents remain (one must be held out), when an embedded corpus is damaged, and
+    for the corpora of the catalogue that are too large to hold in memory.
     """
     if corpus in embedded():
         return _load_embedded(corpus)
+    if corpus in catalogue.corpora():
+        raise UserError(
+            f"Corpus {corpus!r} must be made into tokens before it is used: "
+            f"`steepest data prepare {corpus}`."
+        )
     path = Path(corpus).expanduser()
     if path.is_dir():
         documents = _read_folder(path)
@@ -78,18 +79,15 @@ def load_corpus(corpus: str) -> Corpus:
 def _load_embedded(name: str) -> Corpus:
     entry = embedded()[name]
     try:
-        data = lzma.decompress(_corpora().joinpath(f"{name}.txt.xz").read_bytes())
+        packed = catalogue.folder().joinpath(f"{name}.txt.xz").read_bytes()
+        data = lzma.decompress(packed)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise _damaged(name, str(error)) from error
     digest = hashlib.sha256(data).hexdigest()
-    if digest != entry["sha256"]:
-        raise _damaged(name, f"its SHA-256 is {digest} instead of {entry['sha256']}")
+    if digest != entry.sha256:
+        raise _damaged(name, f"its SHA-256 is {digest} instead of {entry.sha256}")
     documents = data.decode().split(FORM_FEED)
-    return _corpus_of(name, documents, licence=entry["licence"], where=name)
-
-
-def _corpora() -> Traversable:
-    return resources.files("steepest.data").joinpath("corpora")
+    return _corpus_of(name, documents, licence=entry.licence, where=name)
 
 
 def _damaged(name: str, reason: str) -> UserError:
@@ -112,45 +110,10 @@ def _read_folder(folder: Path) -> list[str]:
     files = sorted(folder.rglob("*.txt"), key=lambda file: file.relative_to(folder).as_posix())
     if not files:
         raise UserError(f"Folder {folder} holds no .txt files.")
-    return [_read(file) for file in files]
+    return [text for file in files for text in text_files.whole(file, Place())]
 
 
 def _split_file(file: Path) -> list[str]:
     if file.suffix != ".txt":
         raise UserError(f"Corpus {file} must be a .txt file or a folder of .txt files.")
-    text = _read(file)
-    if FORM_FEED in text:
-        return text.split(FORM_FEED)
-    return _passages(text)
-
-
-def _passages(text: str) -> list[str]:
-    """Group blank-line paragraphs into passages of at least MIN_PASSAGE_CHARACTERS.
-
-    A shorter rest joins the last passage.
-    """
-    passages: list[str] = []
-    pending: list[str] = []
-    size = 0
-    for paragraph in re.split(r"\n\s*\n", text):
-        pending.append(paragraph)
-        size += len(paragraph)
-        if size >= MIN_PASSAGE_CHARACTERS:
-            passages.append("\n\n".join(pending))
-            pending, size = [], 0
-    if pending:
-        rest = "\n\n".join(pending)
-        passages = [*passages[:-1], f"{passages[-1]}\n\n{rest}"] if passages else [rest]
-    return passages
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"File {file} is not UTF-8 (byte {error.start}); convert it, "
-            "for example with `iconv -t utf-8`."
-        ) from error
-    except OSError as error:
-        raise UserError(f"File {file} cannot be read: {error.strerror}.") from error
+    return list(text_files.parts(file, Place()))

@@ -1,112 +1,150 @@
-"""Batches: training windows in an order set by seed and step alone, validation in a fixed one."""
+"""Batches: training rows in an order set by seed and step alone, validation in a fixed one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from steepest.data.tokens import Tokens
+from steepest.data import packing as packed
+from steepest.data.order import epoch_order
+from steepest.data.packing import Batch, Packing
+from steepest.data.splits import Positions, TokenSplit
 from steepest.errors import UserError
 
+CONTIGUOUS = Packing()
 
-def batch(
-    tokens: Tokens, *, seed: int, step: int, batch_size: int, sequence_length: int
-) -> tuple[Tensor, Tensor]:
-    """Return inputs and next-token targets, int64 [batch_size, sequence_length], of one step.
 
-    An epoch cuts the tokens into windows that do not overlap, from a random offset, and visits
-    each once in a random order; a batch may end one epoch and begin the next. The result is a pure
-    function of the arguments, with the random bits of numpy's Philox, which are the same in every
-    version. `step` counts batches from 0: with gradient accumulation, microbatches. Raises
-    UserError when the tokens do not fill one batch.
+@dataclass(frozen=True)
+class Loader:
+    """The training batches of a split: any row of any step, at once.
+
+    An epoch visits each row of the split once, in a random order; of windows, those that do not
+    overlap, from a random offset. A batch may end one epoch and begin the next. A row is a pure
+    function of the fields, the step and its place in the batch, and making it takes the same time
+    whatever the step. Raises UserError when the split does not fill one batch.
     """
-    windows = _check_batch(tokens, seed, step, batch_size, sequence_length)
-    first = step * batch_size
-    starts = np.empty(batch_size, dtype=np.int64)
-    filled = 0
-    while filled < batch_size:
-        epoch, position = divmod(first + filled, windows)
-        part = _starts(seed, epoch, windows, sequence_length)[position:][: batch_size - filled]
-        starts[filled : filled + len(part)] = part
-        filled += len(part)
-    return _gather(tokens, starts, sequence_length)
+
+    split: TokenSplit
+    """The training split."""
+    batch_size: int
+    """Rows per step, over all processes and microbatches."""
+    sequence_length: int
+    """Tokens per row."""
+    seed: int
+    """Seed of the order; not negative."""
+    packing: Packing = CONTIGUOUS
+    """How documents become rows."""
+
+    def __post_init__(self) -> None:
+        _check_positive(batch_size=self.batch_size, sequence_length=self.sequence_length)
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative, but it is {self.seed}.")
+        if self.rows_per_epoch < self.batch_size:
+            raise UserError(
+                f"The training split has {len(self.split):,} tokens in {len(self.split.ends):,} "
+                f"documents, which make {self.rows_per_epoch} sequences of {self.sequence_length}, "
+                f"but a batch needs {self.batch_size}; use a larger corpus, a smaller batch or "
+                "shorter sequences."
+            )
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch: of windows, as many as fit behind the largest offset."""
+        largest = self.sequence_length - 1
+        return packed.count(self.split, self.packing, self.sequence_length, offset=largest)
+
+    def rows(self, step: int, first: int = 0, count: int | None = None) -> Batch:
+        """Return `count` rows of the batch of a step, from row `first` on; by default all of them.
+
+        Steps are optimizer steps, from 0. Process r of w, in microbatch m of n, takes the rows
+        that are its share; together they have the batch that one process would have.
+        """
+        count = self.batch_size - first if count is None else count
+        if step < 0 or first < 0 or count < 1 or first + count > self.batch_size:
+            raise UserError(
+                f"Step {step} has no rows {first} to {first + count - 1}; steps count from 0, and "
+                f"the rows of a batch are 0 to {self.batch_size - 1}."
+            )
+        return self.rows_from(step * self.batch_size + first, count)
+
+    def rows_from(self, row: int, count: int) -> Batch:
+        """Return `count` rows, at least 1, from a row on; rows count from 0 over all epochs.
+
+        It is for batches of changing size; row `first` of a step is step * batch_size + first.
+        """
+        size = self.rows_per_epoch
+        parts = []
+        while count > 0:
+            # Python's integers: the place in the order may exceed 64 bits.
+            epoch, place = divmod(row, size)
+            taken = min(count, size - place)
+            parts.append(self._take(epoch, np.arange(place, place + taken)))
+            row, count = row + taken, count - taken
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def _take(self, epoch: int, places: Positions) -> Batch:
+        order = epoch_order(self.seed, epoch, self.rows_per_epoch)
+        offset = order.draw % self.sequence_length
+        units = order.units(places)
+        return packed.take(self.split, self.packing, units, self.sequence_length, offset=offset)
 
 
 def validation_batches(
-    tokens: Tokens, *, batch_size: int, sequence_length: int, max_tokens: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return an iterator over batches [<= batch_size, sequence_length] in a fixed order.
+    split: TokenSplit,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    max_tokens: int | None,
+    packing: Packing = CONTIGUOUS,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Return an iterator over batches of at most `batch_size` rows in a fixed order.
 
-    Windows do not overlap. With `max_tokens`, only as many windows as fit are used, evenly spread
-    over the tokens, so that a short evaluation sees every document's share. A rest of less than a
-    window is left out. Raises UserError when there is not one window to evaluate.
+    With `max_tokens`, only as many rows as fit are used, evenly spread over the split, so that a
+    short evaluation sees every document's share. A rest of less than a window is left out. Process
+    `rank` of `world_size` gets every world_size-th batch, and possibly none.
+
+    Losses become bits per byte by `split.bytes_per_token`: a target, whichever it is, stands for
+    the split's average bytes per token. Where all tokens are targets that is exact; where rows are
+    cut, borders masked or only some rows used, it is an estimate.
+
+    Raises UserError when there is not one row to evaluate.
     """
     _check_positive(batch_size=batch_size, sequence_length=sequence_length)
-    windows = (len(tokens) - 1) // sequence_length
-    if windows < 1:
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank must be from 0 to {world_size - 1}, not {rank}.")
+    rows = packed.count(split, packing, sequence_length)
+    if rows < 1:
         raise UserError(
-            f"The validation split has {len(tokens)} tokens, too few for one sequence of "
+            f"The validation split has {len(split)} tokens, too few for one sequence of "
             f"{sequence_length} and its next token; use a larger corpus or shorter sequences."
         )
-    used = windows
+    used = rows
     if max_tokens is not None:
-        used = min(windows, max_tokens // sequence_length)
+        used = min(rows, max_tokens // sequence_length)
         if used < 1:
             raise UserError(
                 f"Evaluating on at most {max_tokens} tokens leaves no sequence of "
                 f"{sequence_length}; evaluate on at least {sequence_length}."
             )
-    starts = np.arange(used, dtype=np.int64) * windows // used * sequence_length
+    units = np.arange(used, dtype=np.int64) * rows // used
     return (
-        _gather(tokens, starts[first : first + batch_size], sequence_length)
-        for first in range(0, used, batch_size)
+        packed.take(split, packing, units[first : first + batch_size], sequence_length)
+        for first in range(rank * batch_size, used, world_size * batch_size)
     )
 
 
-def windows_per_epoch(tokens: Tokens, sequence_length: int) -> int:
-    """Return how many windows an epoch has: as many as fit behind the largest offset."""
-    return max(0, (len(tokens) - sequence_length) // sequence_length)
-
-
-@lru_cache(maxsize=4)
-def _starts(seed: int, epoch: int, windows: int, sequence_length: int) -> npt.NDArray[np.int64]:
-    """Return the first token of each window of an epoch, in the epoch's order (read-only)."""
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-    offset = int(bits.random_raw()) % sequence_length
-    order = np.argsort(bits.random_raw(windows), kind="stable")
-    starts: npt.NDArray[np.int64] = order.astype(np.int64) * sequence_length + offset
-    starts.setflags(write=False)
-    return starts
-
-
-def _gather(
-    tokens: Tokens, starts: npt.NDArray[np.int64], sequence_length: int
-) -> tuple[Tensor, Tensor]:
-    positions = starts[:, None] + np.arange(sequence_length + 1)
-    windows = torch.from_numpy(np.asarray(tokens)[positions].astype(np.int64))
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-
-def _check_batch(
-    tokens: Tokens, seed: int, step: int, batch_size: int, sequence_length: int
-) -> int:
-    """Return the number of windows in an epoch once the arguments are known to be usable."""
-    _check_positive(batch_size=batch_size, sequence_length=sequence_length)
-    if seed < 0 or step < 0:
-        raise UserError(f"seed and step must not be negative, but they are {seed} and {step}.")
-    windows = windows_per_epoch(tokens, sequence_length)
-    if windows < batch_size:
-        raise UserError(
-            f"The training split has {len(tokens):,} tokens, which make {windows} sequences of "
-            f"{sequence_length}, but a batch needs {batch_size}; use a larger corpus, a smaller "
-            "batch or shorter sequences."
-        )
-    return windows
+def _joined(parts: list[Batch]) -> Batch:
+    documents = [part.documents for part in parts if part.documents is not None]
+    return Batch(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.targets for part in parts]),
+        torch.cat(documents) if documents else None,
+    )
 
 
 def _check_positive(**values: int) -> None:

@@ -15,8 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from steepest import files
-from steepest.data import tokenizer as bpe
+from steepest.data import bpe, vocabulary
 from steepest.data.corpus import Corpus, load_corpus
+from steepest.data.shards import Index, map_split
+from steepest.data.splits import ShardedArray, TokenSplit
+from steepest.errors import UserError
 
 Tokens = npt.NDArray[np.unsignedinteger]
 
@@ -26,19 +29,60 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class TokenData:
-    """Training and validation tokens, 1-D and memory-mapped, uint16 or else uint32.
+    """A corpus as tokens, for training and validation, and what is known of them."""
 
-    Every document is followed by the end-of-document token. `validation_bytes_per_token` (UTF-8
-    bytes of the validation documents per validation token) turns nats per token into bits per
-    byte. `fingerprint` covers the texts, the tokenizer and the split; `description` is one line.
-    """
-
-    train: Tokens
-    validation: Tokens
+    train: TokenSplit
+    validation: TokenSplit
     vocab_size: int
-    validation_bytes_per_token: float
+    """Tokens are below it."""
+    end: int
+    """The end-of-document token."""
+    tokenizer: str
+    """Name of the tokenizer."""
+    tokenizer_fingerprint: str
+    """Content hash of what decides its ids."""
+    tokenizer_path: Path
+    """The folder that it was saved in, or its tokenizer.json."""
     fingerprint: str
+    """Content hash of the texts, their split and the tokenizer."""
     description: str
+    """One line."""
+
+    @property
+    def validation_bytes_per_token(self) -> float:
+        """UTF-8 bytes per validation token: it turns nats per token into bits per byte."""
+        return self.validation.bytes_per_token
+
+
+def open_tokens(folder: Path) -> TokenData:
+    """Open what `steepest data prepare` wrote; nothing is read before it is asked for.
+
+    Raises UserError if the folder holds no prepared corpus, one that is not complete, or files of
+    another length than its index says. `steepest.data.verifying` checks their content.
+    """
+    index = Index.read(folder)
+    recipe, counts = index.recipe, index.splits
+    if not index.complete:
+        raise UserError(
+            f"The corpus in {folder} is not complete; give the `steepest data prepare` that began "
+            "it again to continue."
+        )
+    return TokenData(
+        train=map_split(folder, index, "train"),
+        validation=map_split(folder, index, "validation"),
+        vocab_size=recipe.vocab_size,
+        end=recipe.end,
+        tokenizer=recipe.tokenizer,
+        tokenizer_fingerprint=recipe.tokenizer_fingerprint,
+        tokenizer_path=folder / "tokenizer",
+        fingerprint=index.fingerprint,
+        description=(
+            f"{recipe.source} ({recipe.licence}): {counts['train'].documents:,} documents, "
+            f"{counts['train'].tokens:,} tokens for training; {counts['validation'].documents:,} "
+            f"documents, {counts['validation'].tokens:,} tokens held out; "
+            f"tokenizer {recipe.tokenizer} of {recipe.vocab_size:,}"
+        ),
+    )
 
 
 def cache_folder() -> Path:
@@ -67,15 +111,31 @@ def prepare(
     if meta is None:
         _build(source, vocab_size, folder)
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    shards = {name: np.memmap(folder / f"{name}.bin", meta["dtype"], mode="r") for name in SPLITS}
-    return TokenData(
-        train=shards["train"],
-        validation=shards["validation"],
-        vocab_size=vocab_size,
-        validation_bytes_per_token=meta["validation_bytes"] / len(shards["validation"]),
-        fingerprint=meta["fingerprint"],
-        description=_describe(source, shards, vocab_size),
+    train, validation = (
+        _open_split(folder / f"{name}.bin", meta["dtype"], documents)
+        for name, documents in zip(SPLITS, source.split(), strict=True)
     )
+    end = int(train.tokens[-1])
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return TokenData(
+        train=train,
+        validation=validation,
+        vocab_size=vocab_size,
+        end=end,
+        tokenizer=f"bpe-{vocab_size}",
+        tokenizer_fingerprint=vocabulary.fingerprint(tokenizer, end),
+        tokenizer_path=folder / "tokenizer.json",
+        fingerprint=meta["fingerprint"],
+        description=_describe(source, train, validation, vocab_size),
+    )
+
+
+def _open_split(path: Path, dtype: str, documents: Sequence[str]) -> TokenSplit:
+    tokens = np.memmap(path, dtype, mode="r")
+    # The last token ends a document, and text never gives it.
+    ends = np.flatnonzero(tokens == tokens[-1]) + 1
+    size = sum(len(document.encode()) for document in documents)
+    return TokenSplit(ShardedArray([tokens]), ShardedArray([ends]), size)
 
 
 def _key(source: Corpus, vocab_size: int) -> str:
@@ -149,11 +209,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _describe(source: Corpus, shards: dict[str, np.memmap[Any, Any]], vocab_size: int) -> str:
-    counts: Sequence[int] = [len(documents) for documents in source.split()]
+def _describe(source: Corpus, train: TokenSplit, validation: TokenSplit, vocab_size: int) -> str:
     repeats = f", {source.repeats} repeated documents left out" if source.repeats else ""
     return (
-        f"{source.name} ({source.licence}): {counts[0]} documents, {len(shards['train']):,} tokens "
-        f"for training; {counts[1]} whole documents, {len(shards['validation']):,} tokens held out"
-        f"{repeats}; byte-level BPE of {vocab_size:,} trained on the training documents"
+        f"{source.name} ({source.licence}): {len(train.ends)} documents, {len(train):,} tokens "
+        f"for training; {len(validation.ends)} whole documents, {len(validation):,} tokens held "
+        f"out{repeats}; byte-level BPE of {vocab_size:,} trained on the training documents"
     )

@@ -22,11 +22,19 @@ def positions(documents: Tensor) -> Tensor:
     return index - torch.where(starts(documents), index, 0).cummax(dim=1).values
 
 
+def segments(documents: Tensor) -> Tensor:
+    """Return int64 [batch, time]: the documents of every sequence counted from 1.
+
+    Equal numbers mean the same document, which holds for `documents` between neighbours alone.
+    """
+    return starts(documents).cumsum(dim=1)
+
+
 def mask(documents: Tensor) -> Tensor:
     """Return bool [batch, 1, time, time]: whether a token (row) sees another (column).
 
     It sees those of its own document up to itself.
     """
-    number = starts(documents).cumsum(dim=1)
+    number = segments(documents)
     same = number[:, :, None] == number[:, None, :]
     return same.tril()[:, None]

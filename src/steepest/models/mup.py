@@ -48,7 +48,7 @@ class MuPConfig(ModelConfig):
         return None if self.mup_base_width is None else 1 / head_size
 
 
-def lr_multipliers(config: ModelConfig) -> dict[str, float]:
+def lr_multipliers(config: ModelConfig | None) -> dict[str, float]:
     """Return what the learning rates of roles are multiplied by; 1 where a role is not named.
 
     They are those of methods whose update has elements of about the size of lr, as Adam's and

@@ -16,14 +16,21 @@ from steepest.errors import UserError, unknown
 from steepest.models.config import ModelConfig
 from steepest.models.gpt2 import GPT2, GPT2Config
 from steepest.models.language_model import LanguageModel
+from steepest.models.linear_attention import GLA, DeltaNet, GatedDeltaNet
+from steepest.models.linear_attention_config import DeltaNetConfig, GatedDeltaNetConfig, GLAConfig
 from steepest.models.llama import Llama, LlamaConfig
+from steepest.models.moe import MoEConfig, MoELlama
 
-Config = LlamaConfig | GPT2Config
+Config = LlamaConfig | GPT2Config | MoEConfig | GLAConfig | DeltaNetConfig | GatedDeltaNetConfig
 """The config of any architecture; its field `architecture` says of which."""
 
 ARCHITECTURES: dict[str, tuple[type[Config], Callable[..., LanguageModel]]] = {
     "llama": (LlamaConfig, Llama),
     "gpt2": (GPT2Config, GPT2),
+    "moe": (MoEConfig, MoELlama),
+    "gla": (GLAConfig, GLA),
+    "deltanet": (DeltaNetConfig, DeltaNet),
+    "gated_deltanet": (GatedDeltaNetConfig, GatedDeltaNet),
 }
 
 
@@ -37,14 +44,16 @@ def build(config: ModelConfig, generator: torch.Generator | None = None) -> Lang
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of trainable scalars; `total` is the sum of the other two.
+    """Numbers of trainable scalars; `total` is the sum of the next two.
 
-    `embedding` is the token embedding, learned positions and, unless tied, the output head.
+    `embedding` is the token embedding, learned positions and, unless tied, the output head;
+    `active` leaves out of the total the experts that a token does not go through.
     """
 
     total: int
     embedding: int
     non_embedding: int
+    active: int
 
 
 @cache
@@ -56,7 +65,8 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     embedding = sum(
         p.numel() for name, p in model.named_parameters() if name.startswith(model.embeddings)
     )
-    return ParameterCount(total, embedding, total - embedding)
+    idle = config.idle_parameters if isinstance(config, MoEConfig) else 0
+    return ParameterCount(total, embedding, total - embedding, total - idle)
 
 
 def sizes() -> dict[str, Config]:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from steepest.report import formatting
@@ -92,7 +92,7 @@ class LiveRace:
                 label,
                 f"{progress.step}/{progress.steps}",
                 "" if progress.loss is None else f"{progress.loss:.3f}",
-                f"{progress.tokens_per_second:,.0f}" if progress.step else progress.phase,
+                _speed(progress) if progress.step else progress.phase,
             )
         return Group(table, self.bar)
 
@@ -106,7 +106,6 @@ class LiveRun:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(),
             console=console,
             transient=True,
         )
@@ -127,5 +126,19 @@ class LiveRun:
             description=progress.phase,
             total=progress.steps,
             completed=progress.step,
-            detail=f"{loss}{progress.tokens_per_second:,.0f} tokens/s",
+            detail=f"{loss}{_speed(progress)} tokens/s{_utilisation(progress)}{_left(progress)}",
         )
+
+
+def _speed(progress: RunProgress) -> str:
+    return f"{progress.tokens_per_second:,.0f}"
+
+
+def _utilisation(progress: RunProgress) -> str:
+    return "" if progress.mfu is None else f", {progress.mfu:.1%} MFU"
+
+
+def _left(progress: RunProgress) -> str:
+    if progress.seconds_left is None or progress.step >= progress.steps:
+        return ""
+    return f", about {formatting.duration(round(progress.seconds_left))} left"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -37,7 +37,10 @@ def listing() -> Table:
 
 
 def detail(name: str) -> Iterator[RenderableType]:
-    """Yield what there is to know about one optimizer."""
+    """Yield what there is to know about one optimizer, or one wrapper."""
+    if name in catalogue.WRAPPERS:
+        yield from _wrapper(name)
+        return
     about = catalogue.describe(name)
     heading = Text.assemble((about.name, "bold"), f"  {about.family}, {about.year}. {about.paper}")
     yield heading
@@ -49,14 +52,29 @@ def detail(name: str) -> Iterator[RenderableType]:
     yield Text(
         f"State of a 256 x 128 matrix: {state}; {about.state_bytes} bytes for m x n in float32.\n"
     )
-    table = Table("hyperparameter", "default", "meaning", box=None)
-    for key, (value, meaning) in about.hyperparameters.items():
-        table.add_row(key, str(value), meaning)
-    yield table
+    yield _hyperparameters(about.hyperparameters)
     for sentence in about.differs:
         yield Text(f"\nDiffers: {sentence}")
     yield from _compared(name)
     yield from _tuned(presets(name))
+
+
+def _wrapper(name: str) -> Iterator[RenderableType]:
+    about = catalogue.describe_wrapper(name)
+    yield Text.assemble((about.name, "bold"), f"  a wrapper: create(..., wrap=[{name!r}])")
+    yield Text(f"\n{about.formula}\n")
+    whose = "of all roles" if about.everywhere else "of the method's own roles"
+    yield Text(f"Goes around the rules {whose}.\n")
+    if about.hyperparameters:
+        yield _hyperparameters(about.hyperparameters)
+    yield from _compared(name)
+
+
+def _hyperparameters(of: Mapping[str, tuple[object, str]]) -> Table:
+    table = Table("hyperparameter", "default", "meaning", box=None)
+    for key, (value, meaning) in of.items():
+        table.add_row(key, str(value), meaning)
+    return table
 
 
 def _compared(name: str) -> Iterator[RenderableType]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -50,7 +50,13 @@ def optimizers_page() -> str:
             for d in described
         ),
     )
-    return _page("optimizers", overview=overview, sections="\n".join(map(_section, described)))
+    wrappers = [catalogue.describe_wrapper(name) for name in catalogue.WRAPPERS]
+    return _page(
+        "optimizers",
+        overview=overview,
+        sections="\n".join(map(_section, described)),
+        wrappers="\n".join(map(_wrapper, wrappers)),
+    )
 
 
 def _page(name: str, **parts: str) -> str:
@@ -64,13 +70,7 @@ def _page(name: str, **parts: str) -> str:
 
 def _section(d: catalogue.Description) -> str:
     text = f"## {d.name}\n\n{d.family}, {d.year}. {d.paper}\n\n```\n{d.formula}\n```\n\n"
-    text += table(
-        ("hyperparameter", "default", "meaning"),
-        (
-            (f"`{key}`", f"`{value}`", meaning)
-            for key, (value, meaning) in d.hyperparameters.items()
-        ),
-    )
+    text += _hyperparameters(d.hyperparameters)
     if d.hooks:
         text += "\nNeeds " + "; ".join(d.hooks) + ".\n"
     if d.differs:
@@ -79,6 +79,17 @@ def _section(d: catalogue.Description) -> str:
     if found := presets(d.name):
         text += "\nPresets: " + ", ".join(f"`{name}`" for name in found) + ".\n"
     return text
+
+
+def _wrapper(d: catalogue.WrapperDescription) -> str:
+    text = f"### {d.name}\n\n```\n{d.formula}\n```\n\n"
+    text += "Goes around the rules of all roles.\n\n" if d.everywhere else ""
+    return text + (_hyperparameters(d.hyperparameters) if d.hyperparameters else "")
+
+
+def _hyperparameters(of: Mapping[str, tuple[object, str]]) -> str:
+    rows = ((f"`{key}`", f"`{value}`", meaning) for key, (value, meaning) in of.items())
+    return table(("hyperparameter", "default", "meaning"), rows)
 
 
 def fidelity_page() -> str:

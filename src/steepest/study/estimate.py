@@ -8,7 +8,7 @@ import torch
 
 from steepest import models
 from steepest.study.plan import RacePlan
-from steepest.train import evaluation
+from steepest.train import precision
 
 STEPS = 3
 COMPILED = 0.65
@@ -44,7 +44,7 @@ def _step_seconds(plan: RacePlan) -> float:
     times = []
     for _ in range(STEPS):
         began = time.perf_counter()
-        with evaluation.autocast(config.training.precision, torch.device("cpu")):
+        with precision.autocast(config.training.precision, torch.device("cpu")):
             loss = model.loss(tokens, tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         times.append(time.perf_counter() - began)

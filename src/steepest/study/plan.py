@@ -17,6 +17,7 @@ from steepest.errors import UserError
 from steepest.optim import catalogue
 from steepest.train import (
     DataConfig,
+    EvaluationConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -97,7 +98,7 @@ class RacePlan:
             "clip_norm": base.training.clip_norm,
             "precision": base.training.precision,
             "compile": base.training.compile,
-            "eval_tokens": base.training.eval_tokens,
+            "eval_tokens": base.evaluation.tokens,
             "config": self._shared(),
         }
 
@@ -191,7 +192,13 @@ def base_config(
     fingerprint = data.prepare(corpus, size.vocab_size).fingerprint
     return RunConfig(
         model=size,
-        data=DataConfig(corpus, size.vocab_size, sequence_length, batch_size, fingerprint),
+        data=DataConfig(
+            corpus=corpus,
+            vocab_size=size.vocab_size,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            fingerprint=fingerprint,
+        ),
         schedule=ScheduleConfig(
             schedule,
             warmup_steps=round(protocol["warmup_fraction"] * steps),
@@ -202,8 +209,9 @@ def base_config(
             clip_norm=protocol["clip_norm"],
             precision=precision,
             compile=not compiler.problem() if compile is None else compile,
-            eval_every=max(1, -(-steps // protocol["evaluations"])),
-            eval_tokens=protocol["eval_tokens"],
+        ),
+        evaluation=EvaluationConfig(
+            every=max(1, -(-steps // protocol["evaluations"])), tokens=protocol["eval_tokens"]
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, checked when read, the last two kept."""
+"""Checkpoints: whole or not there, checked when read, the last ones kept."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 
 import steepest
 from steepest import files
-
-KEEP = 2
+from steepest.errors import UserError
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -20,12 +19,18 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}.pt"
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int = KEEP) -> None:
-    """Write the checkpoint of `step` atomically, then remove all but the last `keep`."""
+def save(
+    folder: Path, step: int, state: dict[str, Any], keep: int = 2, permanent_every: int = 0
+) -> None:
+    """Write the checkpoint of `step` atomically, then remove older ones.
+
+    The last `keep` stay, and those of the steps that `permanent_every` divides.
+    """
     with files.replacing(path_of(folder, step)) as temporary:
         torch.save(state, temporary)
     for old in _newest_first(folder)[keep:]:
-        old.unlink()
+        if not (permanent_every and int(old.stem.removeprefix("step-")) % permanent_every == 0):
+            old.unlink()
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -37,19 +42,37 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     warnings: list[str] = []
     for path in _newest_first(folder):
         try:
-            return _load(path), warnings
-        except (
-            OSError,
-            EOFError,
-            KeyError,
-            RuntimeError,
-            ValueError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.append(f"The checkpoint {path.name} could not be read ({first_line}).")
+            return load(path), warnings
+        except UserError as error:
+            warnings.append(str(error))
     return None, warnings
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return a checkpoint as `load_newest` does; raise UserError if it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"The checkpoint {path.name} could not be read ({first_line}).") from error
+    return state
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the file of the newest checkpoint, None if there is none."""
+    return next(iter(_newest_first(folder)), None)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -72,12 +95,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"{damaged} is damaged")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state

@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steepest import models
+from steepest.data import Packing
 from steepest.errors import UserError
 from steepest.train import identity, parsing
+from steepest.train.averaging import AveragingConfig
+from steepest.train.batch_size import BatchConfig
+from steepest.train.precision import Precision
+from steepest.train.schedules import ScheduleConfig
+from steepest.train.sinks import SinkName
 
 Option = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 
@@ -33,11 +39,17 @@ class DataConfig:
     """The text, its tokens and how they are cut into batches."""
 
     corpus: str = "sotu"
-    """Name of an embedded corpus, or path of a .txt file or of a folder of .txt files."""
+    """Folder that `steepest data prepare` wrote; or, to be tokenized by the run, the name of an
+    embedded corpus, a .txt file or a folder of .txt files."""
     vocab_size: int = 1024
-    """Number of tokens of the tokenizer that is trained on the corpus."""
+    """Number of tokens of the tokenizer: of the folder's, or of one trained on the corpus."""
     sequence_length: int = 128
     """Tokens per sequence."""
+    packing: Literal["contiguous", "documents", "rows"] = "contiguous"
+    """contiguous windows over all documents; documents, in the same windows, that do not see each
+    other; or one document per row, cut or padded."""
+    context: int | None = None
+    """Longest piece of a document whose tokens see each other, with packing documents."""
     batch_size: int = 16
     """Sequences per optimizer step, over all gradient accumulation steps."""
     fingerprint: str = ""
@@ -48,6 +60,11 @@ class DataConfig:
         _at_least("data", "vocab_size", self.vocab_size, 2)
         _at_least("data", "sequence_length", self.sequence_length, 1)
         _at_least("data", "batch_size", self.batch_size, 1)
+        self.as_packing()
+
+    def as_packing(self) -> Packing:
+        """Return how documents become rows."""
+        return Packing(self.packing, self.context)
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     options: dict[str, Option] = field(default_factory=dict)
     """The optimizer's other hyperparameters, by the names its constructor has for them."""
+    wrap: tuple[str, ...] = ()
+    """Wrappers around an optimizer of the catalogue, innermost first: cautious, lookahead, ..."""
     source_sha256: str = ""
     """Content hash of the file of a class given by path or module. Filled in; if given, checked."""
 
@@ -82,33 +101,8 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """How the learning rate changes over the run, as a multiple of its peak."""
-
-    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Shape after warmup; wsd (warmup, stable, decay) holds the peak, then decays linearly."""
-    warmup_steps: int = 20
-    """Steps of linear warmup; the first step has 1/warmup_steps of the peak."""
-    final_lr_ratio: float = 0.1
-    """Multiple of the peak at the last step (constant has none)."""
-    decay_fraction: float = 0.2
-    """Part of all steps over which wsd decays (the other schedules have none)."""
-
-    def __post_init__(self) -> None:
-        _at_least("schedule", "warmup_steps", self.warmup_steps, 0)
-        _require(
-            0 <= self.final_lr_ratio <= 1,
-            f"schedule.final_lr_ratio must be between 0 and 1, not {self.final_lr_ratio}.",
-        )
-        _require(
-            0 < self.decay_fraction <= 1,
-            f"schedule.decay_fraction must be above 0 and at most 1, not {self.decay_fraction}.",
-        )
-
-
-@dataclass(frozen=True)
 class TrainingConfig:
-    """Length, seed and numerics of the run, and when it is evaluated."""
+    """Length, seed and numerics of the run."""
 
     steps: int = 600
     """Number of optimizer steps."""
@@ -118,14 +112,18 @@ class TrainingConfig:
     """Equal parts that a batch is split into to save memory; divides data.batch_size."""
     clip_norm: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 means no clipping."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is autocast: weights and optimizer state stay in float32."""
+    z_loss: float = 0.0
+    """Coefficient of the mean square of log Z in the loss (1e-4 in PaLM); 0 leaves it out."""
+    precision: Precision = "float32"
+    """bfloat16 is autocast over float32 weights; the pure ones keep weights in bfloat16, and round
+    updates to nearest, stochastically, or with Kahan's compensation."""
     compile: bool = False
     """Compile the model's forward and backward pass with torch.compile."""
-    eval_every: int = 60
-    """Steps between evaluations; there is one before the first step and after the last, too."""
-    eval_tokens: int = 32_768
-    """Held-out tokens per evaluation, the same ones every time; at most the whole held-out set."""
+    nonfinite: Literal["propagate", "skip"] = "propagate"
+    """What a gradient that is not finite does: reach the weights, or have the step left out and
+    counted (which on a GPU waits for every gradient)."""
+    recompute_activations: bool = False
+    """Keep only the inputs of layers for the backward pass, which computes the rest again."""
 
     def __post_init__(self) -> None:
         _at_least("training", "steps", self.steps, 1)
@@ -138,8 +136,31 @@ class TrainingConfig:
             math.isfinite(self.clip_norm) and self.clip_norm >= 0,
             f"training.clip_norm must be 0 (off) or a positive number, not {self.clip_norm}.",
         )
-        _at_least("training", "eval_every", self.eval_every, 1)
-        _at_least("training", "eval_tokens", self.eval_tokens, 1)
+        _require(
+            math.isfinite(self.z_loss) and self.z_loss >= 0,
+            f"training.z_loss must be 0 (off) or a positive number, not {self.z_loss}.",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and on what the run is evaluated."""
+
+    every: int = 60
+    """Steps between evaluations; there is one before the first step and after the last, too."""
+    at: tuple[int, ...] = ()
+    """Further steps with an evaluation."""
+    tokens: int = 32_768
+    """Held-out tokens per evaluation, the same ones every time; at most the whole held-out set."""
+    train_tokens: int = 0
+    """Training tokens evaluated beside them; 0 for none."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation", "every", self.every, 1)
+        _at_least("evaluation", "tokens", self.tokens, 1)
+        _at_least("evaluation", "train_tokens", self.train_tokens, 0)
+        for step in self.at:
+            _at_least("evaluation", "at", step, 1)
 
 
 @dataclass(frozen=True)
@@ -152,8 +173,21 @@ class Runtime:
     """CPU threads of torch; torch's own choice if not given. 1 makes CPU runs equal to the bit."""
     checkpoint_every: int = 100
     """Steps between checkpoints; 0 keeps none, and a killed run then starts again."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; the last one alone once the run is complete."""
+    permanent_every: int = 0
+    """Steps between checkpoints that are kept for good; 0 keeps none."""
     log_every: int = 10
-    """Steps between training records in metrics.jsonl."""
+    """Steps between training records in metrics.jsonl; each copies the weights for its step."""
+    dynamics_every: int = 0
+    """Steps between records in dynamics.jsonl of norms, angles and spectra of every tensor; 0 for
+    none."""
+    sinks: tuple[SinkName, ...] = ()
+    """Where metrics also go as they come: tensorboard, wandb, trackio."""
+    processes: int = 1
+    """Processes on this machine, one per GPU or group of cores. Under torchrun it has no effect."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes hold: a replica of the model each (ddp), or a part of it (fsdp)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -161,7 +195,11 @@ class Runtime:
             f"runtime.threads must be at least 1, not {self.threads}.",
         )
         _at_least("runtime", "checkpoint_every", self.checkpoint_every, 0)
+        _at_least("runtime", "keep_checkpoints", self.keep_checkpoints, 1)
+        _at_least("runtime", "permanent_every", self.permanent_every, 0)
+        _at_least("runtime", "processes", self.processes, 1)
         _at_least("runtime", "log_every", self.log_every, 1)
+        _at_least("runtime", "dynamics_every", self.dynamics_every, 0)
 
 
 @dataclass(frozen=True)
@@ -175,9 +213,15 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer and its hyperparameters."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """The learning rate over the run."""
+    """Learning rate and weight decay over the run."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """The batch size over the run."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """Length, seed, numerics and evaluation."""
+    """Length, seed and numerics."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """When and on what it is evaluated."""
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    """Averages of the weights that are evaluated beside them."""
 
     def __post_init__(self) -> None:
         model, data, training = self.model, self.data, self.training
@@ -196,11 +240,8 @@ class RunConfig:
             f"training.gradient_accumulation is {training.gradient_accumulation}, which does not "
             f"divide data.batch_size, which is {data.batch_size}.",
         )
-        _require(
-            self.schedule.warmup_steps < training.steps,
-            f"schedule.warmup_steps is {self.schedule.warmup_steps}; it must be less than "
-            f"training.steps, which is {training.steps}.",
-        )
+        self.schedule.check(training.steps)
+        self.batch.check(data.batch_size, training.gradient_accumulation, training.steps)
 
     @property
     def tokens_per_step(self) -> int:

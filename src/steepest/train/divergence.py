@@ -23,23 +23,27 @@ class Divergence:
 class DivergenceMonitor:
     """Watches training losses.
 
-    A run has diverged if a loss is not finite, or if after warmup every one of the last
-    max(20, 20 % of all steps) losses is more than 1 nat above the loss of the first step. That loss
-    is the one of a uniform guess, ln(vocabulary): the run has long known less than nothing. Shorter
-    windows and means give false alarms: AdamW at a learning rate of 1 stays 4 nats above its start
-    for 40 of 300 steps, and comes back to beat it.
+    A run has diverged if more than `patience` losses in a row are not finite, or if after warmup
+    every one of the last max(20, 20 % of all steps) losses is more than 1 nat above the loss of the
+    first step. That loss is the one of a uniform guess, ln(vocabulary): the run has long known less
+    than nothing. Shorter windows and means give false alarms: AdamW at a learning rate of 1 stays 4
+    nats above its start for 40 of 300 steps, and comes back to beat it.
     """
 
-    def __init__(self, steps: int, warmup_steps: int) -> None:
-        self.warmup_steps = warmup_steps
+    def __init__(self, steps: int, warmup_steps: int, patience: int = 0) -> None:
+        self.warmup_steps, self.patience = warmup_steps, patience
+        self.nonfinite = 0
         self.first_loss: float | None = None
         self.window = max(LEAST_WINDOW, steps // 5)
         self.recent: deque[float] = deque(maxlen=self.window)
 
     def update(self, step: int, loss: float) -> Divergence | None:
         """Take the training loss of `step`, counted from 1; return the divergence, if it is one."""
-        if not math.isfinite(loss):
+        self.nonfinite = 0 if math.isfinite(loss) else self.nonfinite + 1
+        if self.nonfinite > self.patience:
             return Divergence(step, f"The training loss was {loss} at step {step}.")
+        if self.nonfinite:
+            return None
         if self.first_loss is None:
             self.first_loss = loss
         if step <= self.warmup_steps:
@@ -56,14 +60,19 @@ class DivergenceMonitor:
 
     def state_dict(self) -> dict[str, object]:
         """Return what a checkpoint needs."""
-        return {"first_loss": self.first_loss, "recent": list(self.recent)}
+        return {
+            "first_loss": self.first_loss,
+            "recent": list(self.recent),
+            "nonfinite": self.nonfinite,
+        }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from `state_dict`."""
-        first, recent = state["first_loss"], state["recent"]
+        first, recent, nonfinite = state["first_loss"], state["recent"], state["nonfinite"]
         assert first is None or isinstance(first, float)
         assert isinstance(recent, list)
-        self.first_loss = first
+        assert isinstance(nonfinite, int)
+        self.first_loss, self.nonfinite = first, nonfinite
         self.recent = deque(recent, maxlen=self.window)
 
 

@@ -2,52 +2,112 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 import steepest
 from steepest import data
-from steepest.data.tokens import Tokens
-from steepest.models import Llama
+from steepest.data import Batch
+from steepest.data.splits import TokenSplit
+from steepest.models import LanguageModel
+from steepest.models.cross_entropy import IGNORED
 from steepest.train.config import RunConfig
+from steepest.train.parallel import Parallel
+from steepest.train.precision import autocast
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of a forward pass: bfloat16 autocast, or nothing for float32."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+@dataclass(frozen=True)
+class Score:
+    """A loss over tokens that have been evaluated."""
+
+    nats: float
+    """Mean cross-entropy in nats per token."""
+    bytes_per_token: float
+    """UTF-8 bytes of text that a token stands for."""
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss; infinite where that is too large to say."""
+        return math.exp(self.nats) if self.nats < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits per byte of text, which does not depend on the tokenizer."""
+        return self.nats / math.log(2) / self.bytes_per_token
 
 
 @torch.no_grad()
-def evaluate(model: Llama, tokens: Tokens, config: RunConfig, device: torch.device) -> float:
-    """Return the mean loss in nats per token over the first `eval_tokens` held-out tokens.
+def evaluate(
+    model: LanguageModel,
+    split: TokenSplit,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    tokens: int,
+    parallel: Parallel | None = None,
+) -> Score:
+    """Return the loss over `tokens` tokens of a split, the same ones every time.
 
-    Every token weighs the same, also in a smaller last batch; the sum is in float64. The model is
-    in evaluation mode meanwhile.
+    Every target weighs the same, whatever the batch and the number of processes; the sum is in
+    float64. The model is in evaluation mode meanwhile.
     """
+    parallel = parallel or Parallel()
     batches = data.validation_batches(
-        tokens,
+        split,
         batch_size=config.data.batch_size // config.training.gradient_accumulation,
         sequence_length=config.data.sequence_length,
-        max_tokens=config.training.eval_tokens,
+        max_tokens=tokens,
+        packing=config.data.as_packing(),
+        rank=parallel.rank,
+        world_size=parallel.world_size,
     )
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
-    for inputs, targets in batches:
+    for batch in _as_many(batches, parallel, config.data.sequence_length):
+        moved = to_device(batch, device)
         with autocast(config.training.precision, device):
-            loss = model.loss(inputs.to(device), targets.to(device))
-        total += loss.double() * targets.numel()
-        count += targets.numel()
+            loss = model.loss(moved.tokens, moved.targets, moved.documents)
+        if count := int((batch.targets != IGNORED).sum()):
+            total += torch.stack((loss.double() * count, torch.full_like(total[0], count)))
     model.train()
-    return float(total) / count
+    nats, count = parallel.sum(total).tolist()
+    return Score(nats / count, split.bytes_per_token)
+
+
+def _as_many(batches: Iterator[Batch], parallel: Parallel, length: int) -> Iterator[Batch]:
+    """Yield the batches; where processes step together, rows without targets make up the number."""
+    if not parallel.in_step:
+        yield from batches
+        return
+    nothing = torch.zeros(1, length, dtype=torch.int64)
+    empty = Batch(nothing, torch.full_like(nothing, IGNORED), nothing.int())
+    while True:
+        batch = next(batches, None)
+        if not parallel.any(batch is not None):
+            return
+        yield empty if batch is None else batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to the device without waiting for a GPU."""
+    if device.type != "cuda":
+        return batch
+    moved = (
+        None if part is None else part.pin_memory().to(device, non_blocking=True)
+        for part in (batch.tokens, batch.targets, batch.documents)
+    )
+    tokens, targets, documents = moved
+    assert tokens is not None
+    assert targets is not None
+    return Batch(tokens, targets, documents)
 
 
 @contextmanager
-def evaluation_weights(model: Llama, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def evaluation_weights(model: LanguageModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Give the model the weights its optimizer wants evaluated, and then the training weights.
 
     Optimizers such as schedule-free ones have an `eval()` that moves the weights and a `train()`

@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def dynamics(self) -> Path:
+        """One record per tensor and measured step, if `runtime.dynamics_every` asked for them."""
+        return self.path / "dynamics.jsonl"
+
+    @property
     def result(self) -> Path:
         """Present once the run is complete."""
         return self.path / "result.json"
@@ -79,12 +84,17 @@ def locate(runs_dir: Path, config: RunConfig) -> RunFolder:
 
 
 @contextmanager
-def opened(runs_dir: Path, config: RunConfig) -> Iterator[RunFolder]:
+def opened(runs_dir: Path, config: RunConfig, *, shared: bool = False) -> Iterator[RunFolder]:
     """Yield the folder of a resolved config, made if needed, while no other process works in it.
+
+    With `shared` this process helps another one that has opened it, and only reads.
 
     Raises UserError if another process does, or if the folder holds a run of another config.
     """
     folder = locate(runs_dir, config)
+    if shared:
+        yield folder
+        return
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     with (folder.path / "lock").open("a+", encoding="utf-8") as lock:
         try:

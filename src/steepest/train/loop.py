@@ -10,87 +10,32 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from steepest import data
+from steepest import data, models
 from steepest.errors import UserError
-from steepest.train import checkpoints, evaluation, optimizers, records
+from steepest.train import checkpoints, evaluation, memory, optimizers, peaks, records
+from steepest.train.averaging import Averages
 from steepest.train.config import RunConfig, Runtime
-from steepest.train.divergence import Divergence, DivergenceMonitor, of_validation
-from steepest.train.folder import RunFolder, locate, opened
+from steepest.train.divergence import LEAST_WINDOW, Divergence, DivergenceMonitor, of_validation
+from steepest.train.folder import RunFolder
 from steepest.train.learner import Learner
-from steepest.train.resolving import is_resolved, resolve
-from steepest.train.schedules import multiplier
-from steepest.train.timing import Mark, StepClock
+from steepest.train.parallel import Parallel, whole
+from steepest.train.progress import PROGRESS_SECONDS, Progress, seconds_left
+from steepest.train.sinks import Sinks
+from steepest.train.spikes import SpikeCounter
+from steepest.train.step_taken import StepTaken
+from steepest.train.stopping import Preempted, StopRequest
+from steepest.train.timing import StepClock
+from steepest.train.watching import Watch
 
 SCHEMA = 1
-PROGRESS_SECONDS = 0.25
-"""Least time between two calls of `on_progress`."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, for somebody who watches it."""
-
-    step: int
-    steps: int
-    tokens: int
-    loss: float | None
-    """The last training loss; None before the first step."""
-    tokens_per_second: float
-    phase: str
-    """preparing, training, evaluating or done."""
-
-
-def run(
-    config: RunConfig,
-    runs_dir: Path,
-    *,
-    runtime: Runtime | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> dict[str, Any]:
-    """Train as `config` says in `runs_dir/<hash>`, and return the content of its result.json.
-
-    A complete run is returned at once; one that was killed continues from its last checkpoint and
-    ends with the same bits as one that was not. A run that diverges ends early, with status
-    "diverged". `on_progress` is called at most every quarter of a second, and at the end.
-
-    Raises UserError for input that cannot work, and if another process works on the run.
-    """
-    runtime = runtime or Runtime()
-    if is_resolved(config) and (result := locate(runs_dir, config).read_result()) is not None:
-        return result
-    device = _device(runtime.device)
-    tokens = data.prepare(config.data.corpus, config.data.vocab_size)
-    optimizers.check(config.optimizer, config.model)
-    config = resolve(config, tokens)
-    with opened(runs_dir, config) as folder:
-        if (result := folder.read_result()) is not None:
-            return result
-        with _own_torch_state(config.training.seed, device, runtime.threads):
-            training = _Training(
-                config, tokens, folder, device=device, runtime=runtime, on_progress=on_progress
-            )
-            return training.finish()
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A step taken, whose numbers may still be in the making on a GPU."""
-
-    step: int
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    marks: tuple[Mark, Mark, Mark, Mark]
-
-
-class _Training:
+class Training:
     """One process's work on a run, from its last checkpoint to its end."""
 
     def __init__(
@@ -101,39 +46,70 @@ class _Training:
         *,
         device: torch.device,
         runtime: Runtime,
+        parallel: Parallel,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.config, self.tokens, self.folder, self.device = config, tokens, folder, device
-        self.runtime, self.on_progress = runtime, on_progress
-        self.step = 0
+        self.runtime, self.parallel = runtime, parallel
+        self.first = parallel.rank == 0
+        self.on_progress = on_progress if self.first else None
+        self.step, self.rows, self.expected_steps = 0, 0, config.training.steps
         self.loss: float | None = None
         self.initial_val_loss: float | None = None
         self.val_loss: float | None = None
+        self.averaged: dict[str, float] = {}
         self.diverged: Divergence | None = None
-        self.done: list[_Done] = []
+        self.done: list[StepTaken] = []
+        self.batches = data.Loader(
+            tokens.train,
+            batch_size=config.data.batch_size,
+            sequence_length=config.data.sequence_length,
+            seed=config.training.seed,
+            packing=config.data.as_packing(),
+        )
         self.clock = StepClock(device)
-        self.monitor = DivergenceMonitor(config.training.steps, config.schedule.warmup_steps)
+        self.monitor = DivergenceMonitor(
+            config.training.steps,
+            config.schedule.warmup_steps,
+            patience=LEAST_WINDOW if config.training.nonfinite == "skip" else 0,
+        )
+        self.flops_per_token = models.training_flops_per_token(
+            config.model, config.data.sequence_length
+        )
+        self.spikes = SpikeCounter()
         self.reported = -math.inf
         self.report("preparing")
 
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.learner = Learner(config, device)
-        warnings = self.learner.warnings + self.resume()
-        self.warnings = records.record_session(
-            folder.environment, records.environment(device), started, self.step, warnings
+        self.learner = Learner(config, device, self.parallel)
+        self.averages = Averages(config.averaging, self.learner.model)
+        self.warnings = self.learner.warnings + self.resume()
+        if self.first:
+            self.warnings = records.record_session(
+                folder.environment, records.environment(device), started, self.step, self.warnings
+            )
+            records.truncate_metrics(folder.metrics, self.step if self.step else -1)
+            self.metrics = records.MetricsWriter(folder.metrics)
+        self.watch = Watch(
+            self.learner, runtime, folder.dynamics if self.first else None, self.step
         )
-        records.truncate_metrics(folder.metrics, self.step if self.step else -1)
-        self.metrics = records.MetricsWriter(folder.metrics)
+        self.sinks = Sinks(
+            runtime.sinks if self.first else (),
+            folder.path,
+            run=config.hash(),
+            config=config.to_dict(),
+            step=self.step,
+        )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, stop: StopRequest) -> dict[str, Any]:
         """Train to the last step or to divergence; write and return the result."""
-        training, runtime = self.config.training, self.runtime
+        evaluation, runtime = self.config.evaluation, self.runtime
         if self.step == 0:
             self.evaluate()
-        while self.step < training.steps and self.diverged is None:
+        while not self.learner.batch.finished and self.diverged is None:
             self.train_step()
-            last = self.step == training.steps
-            evaluates = last or self.step % training.eval_every == 0
+            last = self.learner.batch.finished
+            evaluates = last or self.step % evaluation.every == 0 or self.step in evaluation.at
             saves = runtime.checkpoint_every > 0 and (
                 last or self.step % runtime.checkpoint_every == 0
             )
@@ -142,85 +118,161 @@ class _Training:
                 self.settle()
             if evaluates and self.diverged is None:
                 self.evaluate()
-            if saves and self.diverged is None:
+            stops = logs and not last and self.parallel.any(stop.asked)
+            if (saves or stops) and self.diverged is None:
+                self.settle()
                 self.save(last)
+            if stops:
+                raise Preempted(self.step)
             self.report("training")
-        self.metrics.close()
         result = self.result()
-        self.folder.write_result(result)
+        if self.first:
+            self.metrics.close()
+            self.watch.close()
+            self.folder.write_result(result)
         self.report("done", always=True)
         return result
 
     def train_step(self) -> None:
         """Take one optimizer step; `settle` takes in its numbers."""
+        self.watch.before(self.step + 1, logged=self.logs_next())
         start = self.clock.mark()
-        batch = data.batch(
-            self.tokens.train,
-            seed=self.config.training.seed,
-            step=self.step,
-            batch_size=self.config.data.batch_size,
-            sequence_length=self.config.data.sequence_length,
+        size = self.learner.batch.size
+        first, count = self.parallel.rows(size)
+        batch = evaluation.to_device(
+            self.batches.rows_from(self.learner.batch.rows + first, count), self.device
         )
-        inputs, targets = (self.to_device(tokens) for tokens in batch)
-        loss, grad_norm, optimizer_marks = self.learner.step(inputs, targets, self.clock)
-        self.step += 1
-        marks = (start, *optimizer_marks, self.clock.mark())
-        self.done.append(_Done(self.step, loss, grad_norm, marks))
+        loaded = self.clock.mark()
+        lrs = optimizers.learning_rates(self.learner.optimizer, self.learner.roles)
+        gradient, optimizer_marks = self.learner.step(batch, self.clock)
+        self.step, self.rows = self.step + 1, self.learner.batch.rows
+        self.expected_steps = self.learner.batch.expected_steps
+        self.averages.update(self.step)
+        marks = (start, loaded, *optimizer_marks, self.clock.mark())
+        moved = self.watch.after(self.step)
+        self.done.append(StepTaken(self.step, gradient, lrs, size, self.rows, marks, moved))
 
-    def to_device(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Copy tokens to the device without waiting for a GPU."""
-        if self.device.type == "cuda":
-            return tokens.pin_memory().to(self.device, non_blocking=True)
-        return tokens
+    def logs_next(self) -> bool:
+        """Return whether the coming step gets a record: every so many, the first and the last."""
+        step, batch = self.step + 1, self.learner.batch
+        last = batch.rows + batch.size >= batch.budget
+        return step % self.runtime.log_every == 0 or step == 1 or last
 
     def settle(self) -> None:
         """Take in the numbers of the steps done: times, divergence, records.
 
         On a GPU this waits for them, so it is not called every step there.
         """
-        steps, log_every = self.config.training.steps, self.runtime.log_every
         for done in self.done:
-            self.clock.add(*done.marks)
-            self.loss = done.loss.item()
+            self.clock.add(done.marks)
+            self.loss = done.gradient.loss.item()
+            self.spikes.update(self.loss)
             self.diverged = self.monitor.update(done.step, self.loss)
-            logs = done.step % log_every == 0 or done.step in (1, steps)
-            if logs and math.isfinite(self.loss):
-                norm = done.grad_norm.item()
-                factor = multiplier(done.step - 1, steps, self.config.schedule)
-                self.record(
-                    "train",
-                    done.step,
-                    loss=self.loss,
-                    lr=self.config.optimizer.lr * factor,
-                    grad_norm=norm if math.isfinite(norm) else None,
-                )
+            if done.moved:
+                self.record_step(done)
             if self.diverged is not None:
+                self.rows = done.rows
                 break
         self.done.clear()
+
+    def record_step(self, done: StepTaken) -> None:
+        """Record the numbers of a training step, unless its loss is not one."""
+        numbers = done.numbers(self.config.training.clip_norm)
+        if numbers["loss"] is None:
+            return
+        self.record(
+            "train",
+            done.step,
+            tokens=done.rows * self.config.data.sequence_length,
+            **numbers,
+            loss_spikes=self.spikes.count,
+            skipped_steps=optimizers.skipped_steps(self.learner.optimizer),
+            **({"mfu": self.mfu} if self.mfu is not None else {}),
+            **({"memory_bytes": self.memory()} if done.step == 1 else {}),
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Return this process's bytes by category."""
+        return memory.by_category(self.learner, self.averages)
 
     def evaluate(self) -> None:
         """Measure and record the held-out loss."""
         self.report("evaluating")
-        with evaluation.evaluation_weights(self.learner.model, self.learner.optimizer):
-            loss = evaluation.evaluate(
-                self.learner.model, self.tokens.validation, self.config, self.device
-            )
-        self.diverged = of_validation(self.step, loss)
+        config, learner = self.config, self.learner
+        numbers: dict[str, float] = {}
+        with evaluation.evaluation_weights(learner.model, learner.optimizer):
+            score = self.score(self.tokens.validation, config.evaluation.tokens)
+            if config.evaluation.train_tokens:
+                numbers["train_loss"] = self.score(
+                    self.tokens.train, config.evaluation.train_tokens
+                ).nats
+        self.diverged = of_validation(self.step, score.nats)
         if self.diverged is not None:
             return
-        self.val_loss = loss
+        self.val_loss = score.nats
         if self.step == 0:
-            self.initial_val_loss = loss
-        self.record("eval", self.step, val_loss=loss)
+            self.initial_val_loss = score.nats
+        self.averaged = {}
+        for name in self.averages.names():
+            with self.averages.weights(name):
+                held_out = self.score(self.tokens.validation, config.evaluation.tokens)
+            self.averaged[name] = held_out.nats
+        self.record(
+            "eval",
+            self.step,
+            val_loss=score.nats,
+            val_bits_per_byte=score.bits_per_byte,
+            averaged=self.averaged,
+            **numbers,
+        )
 
-    def record(self, kind: str, step: int, **numbers: float | None) -> None:
+    def score(self, split: data.TokenSplit, tokens: int) -> evaluation.Score:
+        """Return the loss over tokens of a split with the weights that are in place."""
+        with self.clock.evaluating():
+            return evaluation.evaluate(
+                self.learner.model,
+                split,
+                self.config,
+                self.device,
+                tokens=tokens,
+                parallel=self.parallel,
+            )
+
+    @property
+    def seen_tokens(self) -> int:
+        """Training tokens so far."""
+        return self.rows * self.config.data.sequence_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of an average step over the median time of one; 0 before the first."""
+        duration = self.clock.step_seconds
+        return self.seen_tokens / self.step / duration if duration else 0.0
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation; None where the device's peak is not known."""
+        processes = self.parallel.world_size
+        return peaks.utilisation(
+            self.tokens_per_second, self.flops_per_token, self.device, processes
+        )
+
+    def record(self, kind: str, step: int, **numbers: Any) -> None:
         """Append a line to metrics.jsonl."""
-        place = {"kind": kind, "step": step, "tokens": step * self.config.tokens_per_step}
-        self.metrics.write({**place, **numbers, "seconds": round(self.clock.seconds, 6)})
+        if not self.first:
+            return
+        place = {"kind": kind, "step": step, "tokens": self.seen_tokens}
+        times = {name: round(seconds, 6) for name, seconds in self.clock.totals().items()}
+        seconds = {"seconds": round(self.clock.seconds, 6), "part_seconds": times}
+        record = {**place, **numbers, **seconds}
+        self.metrics.write(record)
+        self.sinks.write(record)
 
     def save(self, last: bool) -> None:
         """Write a checkpoint; the last one also has the weights to evaluate, if those differ."""
-        self.metrics.sync()  # a checkpoint must not know of records that a power cut can take
+        if self.first:  # a checkpoint must not know of records that a power cut can take
+            self.metrics.sync()
+            self.watch.sync()
         learner = self.learner
         state = {
             "schema": SCHEMA,
@@ -229,16 +281,23 @@ class _Training:
             "loss": self.loss,
             "initial_val_loss": self.initial_val_loss,
             "val_loss": self.val_loss,
+            "averaged": self.averaged,
             "monitor": self.monitor.state_dict(),
+            "spikes": self.spikes.state_dict(),
             "clock": self.clock.state_dict(),
             "learner": learner.state_dict(),
+            "averages": self.averages.state_dict(),
         }
         if last and evaluation.has_modes(learner.optimizer):
             with evaluation.evaluation_weights(learner.model, learner.optimizer):
                 weights = learner.model.state_dict()
-                state["evaluation_model"] = {key: w.clone() for key, w in weights.items()}
-        keep = 1 if last else checkpoints.KEEP
-        checkpoints.save(self.folder.checkpoints, self.step, state, keep)
+                state["evaluation_model"] = {key: whole(w).clone() for key, w in weights.items()}
+        if self.first:
+            runtime = self.runtime
+            keep = 1 if last else runtime.keep_checkpoints
+            checkpoints.save(
+                self.folder.checkpoints, self.step, state, keep, runtime.permanent_every
+            )
 
     def resume(self) -> list[str]:
         """Continue from the newest readable checkpoint; return a sentence per unreadable one."""
@@ -251,9 +310,13 @@ class _Training:
                 )
             self.step, self.loss = state["step"], state["loss"]
             self.initial_val_loss, self.val_loss = state["initial_val_loss"], state["val_loss"]
+            self.averaged = state["averaged"]
             self.monitor.load_state_dict(state["monitor"])
+            self.spikes.load_state_dict(state["spikes"])
             self.clock.load_state_dict(state["clock"])
             self.learner.load_state_dict(state["learner"])
+            self.rows = self.learner.batch.rows
+            self.averages.load_state_dict(state["averages"])
         return warnings
 
     def result(self) -> dict[str, Any]:
@@ -262,7 +325,6 @@ class _Training:
         finished = self.diverged is None
         steps = self.step if self.diverged is None else self.diverged.step
         val_loss = self.val_loss if finished else None
-        duration = self.clock.step_seconds
         return {
             "schema": SCHEMA,
             "hash": config.hash(),
@@ -271,22 +333,29 @@ class _Training:
             "lr": config.optimizer.lr,
             "seed": config.training.seed,
             "steps": steps,
-            "tokens": steps * config.tokens_per_step,
+            "tokens": self.seen_tokens,
             "initial_val_loss": self.initial_val_loss,
             "val_loss": val_loss,
+            "averaged": self.averaged if finished else {},
             "val_bits_per_byte": None
             if val_loss is None
             else val_loss / math.log(2) / self.tokens.validation_bytes_per_token,
             "parameters": sum(p.numel() for p in parameters),
             "parameter_bytes": sum(p.numel() * p.element_size() for p in parameters),
             "state_bytes": optimizers.state_bytes(self.learner.optimizer),
-            "step_ms": 1000 * duration,
-            "optimizer_ms": 1000 * self.clock.optimizer_seconds,
-            "tokens_per_second": config.tokens_per_step / duration if duration else 0.0,
+            "step_ms": 1000 * self.clock.step_seconds,
+            **{f"{name}_ms": 1000 * s for name, s in self.clock.part_seconds().items()},
+            "tokens_per_second": self.tokens_per_second,
+            "flops_per_token": self.flops_per_token,
+            "mfu": self.mfu,
+            "memory_bytes": self.memory(),
             "seconds": self.clock.seconds,
+            "part_seconds": self.clock.totals(),
+            "loss_spikes": self.spikes.count,
+            "skipped_steps": optimizers.skipped_steps(self.learner.optimizer),
             "diverged_at_step": None if self.diverged is None else self.diverged.step,
             "reason": None if self.diverged is None else self.diverged.reason,
-            "warnings": self.warnings,
+            "warnings": [*self.warnings, *self.sinks.warnings],
             "config": config.to_dict(),
         }
 
@@ -296,42 +365,17 @@ class _Training:
         if self.on_progress is None or (now - self.reported < PROGRESS_SECONDS and not always):
             return
         self.reported = now
-        tokens, duration = self.config.tokens_per_step, self.clock.step_seconds
         self.on_progress(
             Progress(
                 step=self.step,
-                steps=self.config.training.steps,
-                tokens=self.step * tokens,
+                steps=self.expected_steps,
+                tokens=self.seen_tokens,
                 loss=self.loss,
-                tokens_per_second=tokens / duration if duration else 0.0,
+                tokens_per_second=self.tokens_per_second,
                 phase=phase,
+                mfu=self.mfu,
+                seconds_left=seconds_left(
+                    self.clock, self.step, self.expected_steps, self.config.evaluation.every
+                ),
             )
         )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"The device {name!r} was asked for, but torch finds no CUDA device.")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"The device {name!r} is not supported; use cpu, cuda or cuda:N.")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-@contextmanager
-def _own_torch_state(seed: int, device: torch.device, threads: int | None) -> Iterator[None]:
-    """Give the run torch's generators, seeded, and its number of threads; undo both after it."""
-    threads_before = torch.get_num_threads()
-    gpus = [device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed)
-        torch.set_num_threads(threads or threads_before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads_before)

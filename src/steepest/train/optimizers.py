@@ -12,9 +12,9 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,16 +22,26 @@ from torch import nn
 import steepest
 from steepest import models
 from steepest.errors import UserError, unknown
+from steepest.optim import catalogue
 from steepest.train.config import OptimizerConfig
 from steepest.train.identity import is_class, is_file
 
 OwnClass = type[Any]
 
 
-def build(config: OptimizerConfig, model: nn.Module, seed: int = 0) -> torch.optim.Optimizer:
+def build(
+    config: OptimizerConfig,
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    wrap: Sequence[str] = (),
+    nonfinite: Literal["propagate", "skip"] = "propagate",
+) -> torch.optim.Optimizer:
     """Return the optimizer of `model` that `config` describes.
 
-    `seed` is that of the random numbers that some rules use.
+    `seed` is that of the random numbers that some rules use; `wrap` names wrappers around those of
+    the config; `nonfinite` is what a gradient that is not finite does. Learning rates are
+    multiplied by role as a muP model's width asks.
 
     A class of one's own that takes `weight_decay` gets two parameter groups: tensors of two or more
     dimensions with the decay of `options`, vectors without any. Otherwise it gets all parameters.
@@ -40,18 +50,22 @@ def build(config: OptimizerConfig, model: nn.Module, seed: int = 0) -> torch.opt
     class that is neither a torch.optim.Optimizer nor a steepest.Rule.
     """
     options = {key: _tuple(value) for key, value in config.options.items()}
-    if not is_class(config.name):
+    cls: OwnClass | None = load_class(config.name)[0] if is_class(config.name) else None
+    if cls is None or issubclass(cls, steepest.Rule):
+        own_rule: Any = cls
         try:
-            return steepest.create(config.name, model, lr=config.lr, seed=seed, **options)
+            return steepest.create(
+                config.name if own_rule is None else own_rule(),
+                _with_multipliers(model, config.lr),
+                lr=config.lr,
+                seed=seed,
+                wrap=[*config.wrap, *wrap],
+                nonfinite=nonfinite,
+                **options,
+            )
         except (TypeError, ValueError) as error:
             raise _failed(config, error) from error
-    cls, _ = load_class(config.name)
-    if issubclass(cls, steepest.Rule):
-        own_rule: type[Any] = cls
-        try:
-            return steepest.create(own_rule(), model, lr=config.lr, seed=seed, **options)
-        except (TypeError, ValueError) as error:
-            raise _failed(config, error) from error
+    _check_plain(config, model, wrap, nonfinite)
     names = _check_options(cls, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     params: Any = parameters
@@ -70,6 +84,45 @@ def build(config: OptimizerConfig, model: nn.Module, seed: int = 0) -> torch.opt
     return optimizer
 
 
+def _with_multipliers(model: nn.Module, lr: float) -> Any:
+    """Return the model, or its parameters in groups by role where their learning rates differ."""
+    multipliers = models.lr_multipliers(getattr(model, "config", None))
+    if not multipliers:
+        return model
+    found = steepest.roles(model)
+    parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    roles = dict.fromkeys(found[name].role for name, _ in parameters)
+    return [
+        {
+            "params": [(name, p) for name, p in parameters if found[name].role is role],
+            "role": role,
+            **({"lr": lr * multipliers[role.value]} if role.value in multipliers else {}),
+        }
+        for role in roles
+    ]
+
+
+def _check_plain(
+    config: OptimizerConfig, model: nn.Module, wrap: Sequence[str], nonfinite: str
+) -> None:
+    """Raise UserError for what only an optimizer of steepest can do."""
+    if wrappers := [*config.wrap, *wrap]:
+        raise UserError(
+            f"{config.name} cannot be wrapped in {wrappers[0]!r}: wrappers go around optimizers "
+            "of the catalogue and steepest.Rule."
+        )
+    if nonfinite == "skip":
+        raise UserError(
+            f"{config.name} cannot skip steps, so training.nonfinite must be propagate; optimizers "
+            "of the catalogue and steepest.Rule can."
+        )
+    if models.lr_multipliers(getattr(model, "config", None)):
+        raise UserError(
+            f"{config.name} has no roles, so it cannot have the learning rates of model."
+            "mup_base_width; use an optimizer of the catalogue or a steepest.Rule."
+        )
+
+
 def check(config: OptimizerConfig, model: models.ModelConfig) -> None:
     """Raise what `build` would raise for a model of this config, without allocating it."""
     if is_class(config.name):  # a constructor of the user's may look at values
@@ -77,6 +130,20 @@ def check(config: OptimizerConfig, model: models.ModelConfig) -> None:
         return
     with torch.device("meta"):
         build(config, models.build(model))
+
+
+def total_steps_options(name: str) -> frozenset[str]:
+    """Return the hyperparameters that are the run's number of steps where they are not given.
+
+    They are those that a rule declares, and `total_steps` of a torch optimizer's constructor.
+    Raises UserError as `build` does.
+    """
+    if not is_class(name):
+        return catalogue.recipe(name).rule.total_steps
+    cls = load_class(name)[0]
+    if issubclass(cls, steepest.Rule):
+        return cls.total_steps
+    return frozenset({"total_steps"} & set(inspect.signature(cls).parameters))
 
 
 def source_sha256(name: str) -> str:
@@ -174,6 +241,11 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return int(own()) if callable(own) else _tensor_bytes(list(optimizer.state.values()))
 
 
+def skipped_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many steps an optimizer of steepest left out for want of finite gradients."""
+    return optimizer.skipped_steps if isinstance(optimizer, steepest.Optimizer) else 0
+
+
 def _tensor_bytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size() if value.ndim else 0
@@ -182,3 +254,12 @@ def _tensor_bytes(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(_tensor_bytes(item) for item in value)
     return 0
+
+
+def learning_rates(
+    optimizer: torch.optim.Optimizer, roles: Mapping[nn.Parameter, str]
+) -> dict[str, float]:
+    """Return the learning rates of the coming step, by the role of the parameters they are for."""
+    return {
+        roles[p]: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]
+    }

@@ -68,6 +68,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is dict:
         return _options(value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} must be a list, not {value!r}.")
+        return tuple(_value(get_args(hint)[0], item, where) for item in value)
     if origin in (Union, types.UnionType):  # "T or nothing" is the only union in use
         (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
         if value is None:

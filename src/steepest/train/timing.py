@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
 
 import torch
@@ -15,21 +17,25 @@ WINDOW = 10_000
 """Steps that the medians look back on."""
 
 
-class StepClock:
-    """Durations of whole steps and of the optimizer's part of them, in seconds.
+PARTS = ("data", "model", "optimizer")
+"""What a step does: waits for its batch, goes forward and backward, steps the optimizer."""
 
-    `seconds` sums whole steps, over this process and the ones it resumed. The first step of a
-    process compiles kernels and fills caches: it is no part of the medians, and counts at most as
-    long as the second, once there is one.
+
+class StepClock:
+    """Durations of whole steps and of their parts, in seconds.
+
+    `seconds` sums whole steps, over this process and the ones it resumed, and `totals` their parts.
+    The first step of a process compiles kernels and fills caches: it is no part of the medians, and
+    counts at most as long as the second, once there is one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._first: tuple[float, float] | None = None
+        self._first: tuple[float, ...] | None = None
         self._fresh = True  # until the second step of this process
-        self.seconds = 0.0
-        self._steps: deque[float] = deque(maxlen=WINDOW)
-        self._optimizer: deque[float] = deque(maxlen=WINDOW)
+        self._sums = [0.0] * (1 + len(PARTS))
+        self.evaluation_seconds = 0.0
+        self._steps: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
 
     def mark(self) -> Mark:
         """Return this moment; on a GPU, the moment at which its work so far will be done."""
@@ -39,48 +45,72 @@ class StepClock:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def add(self, start: Mark, optimizer_start: Mark, optimizer_end: Mark, end: Mark) -> None:
-        """Count one step, given by its marks. On a GPU this waits for the step to be over."""
-        step, optimizer = _between(start, end), _between(optimizer_start, optimizer_end)
+    def add(self, marks: tuple[Mark, Mark, Mark, Mark, Mark]) -> None:
+        """Count one step, given when it began, had its batch, began and ended the optimizer's part,
+        and ended. On a GPU this waits for the step to be over.
+        """
+        start, loaded, begin, finish, end = marks
+        step = (
+            _between(start, end),
+            _between(start, loaded),
+            _between(loaded, begin),
+            _between(begin, finish),
+        )
         if self._first is None:
-            self._first = (step, optimizer)
+            self._first = step
             return
-        if self._fresh:
-            self.seconds += min(self._first[0], step)
-            self._fresh = False
-        self.seconds += step
+        for index, duration in enumerate(step):
+            first = min(self._first[index], duration) if self._fresh else 0.0
+            self._sums[index] += first + duration
+        self._fresh = False
         self._steps.append(step)
-        self._optimizer.append(optimizer)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count the time that the context lasts, in which no step runs, as evaluation."""
+        start = time.perf_counter()
+        yield
+        self.evaluation_seconds += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """Sum of the durations of steps."""
+        return self._sums[0]
+
+    def totals(self) -> dict[str, float]:
+        """Return the seconds that each of `PARTS`, and evaluation, have taken in all."""
+        parts = dict(zip(PARTS, self._sums[1:], strict=True))
+        return {**parts, "evaluation": self.evaluation_seconds}
 
     @property
     def step_seconds(self) -> float:
         """Median duration of a step; 0 before the first."""
-        first = self._first or (0.0, 0.0)
-        return median(self._steps or [first[0]])
+        return self._median(0)
 
-    @property
-    def optimizer_seconds(self) -> float:
-        """Median duration of the optimizer's part of a step; 0 before the first."""
-        first = self._first or (0.0, 0.0)
-        return median(self._optimizer or [first[1]])
+    def part_seconds(self) -> dict[str, float]:
+        """Return the median duration of each of `PARTS`; 0 before the first step."""
+        return {name: self._median(1 + index) for index, name in enumerate(PARTS)}
+
+    def _median(self, index: int) -> float:
+        steps = self._steps or [self._first or (0.0,) * (1 + len(PARTS))]
+        return median(step[index] for step in steps)
 
     def state_dict(self) -> dict[str, object]:
         """Return what a checkpoint needs."""
         return {
-            "seconds": self.seconds,
+            "sums": list(self._sums),
+            "evaluation_seconds": self.evaluation_seconds,
             "steps": torch.tensor(list(self._steps), dtype=torch.float64),
-            "optimizer": torch.tensor(list(self._optimizer), dtype=torch.float64),
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from `state_dict`."""
-        seconds, steps, optimizer = state["seconds"], state["steps"], state["optimizer"]
-        assert isinstance(seconds, float)
+        sums, evaluation, steps = state["sums"], state["evaluation_seconds"], state["steps"]
+        assert isinstance(sums, list)
+        assert isinstance(evaluation, float)
         assert isinstance(steps, torch.Tensor)
-        assert isinstance(optimizer, torch.Tensor)
-        self.seconds = seconds
-        self._steps = deque(steps.tolist(), maxlen=WINDOW)
-        self._optimizer = deque(optimizer.tolist(), maxlen=WINDOW)
+        self._sums, self.evaluation_seconds = sums, evaluation
+        self._steps = deque(map(tuple, steps.tolist()), maxlen=WINDOW)
 
 
 def _between(start: Mark, end: Mark) -> float:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from steepest.data.vocabulary import END_OF_DOCUMENT
 from steepest.errors import UserError
 
 if TYPE_CHECKING:
     import tokenizers
 
-END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end of a document
 DOCUMENTS_AT_A_TIME = 64
 
@@ -40,7 +40,7 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train(documents: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
+def train(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Train a tokenizer; the same documents and version of `tokenizers` give the same one.
 
     Raises UserError when the documents have too few repeated pairs for `vocab_size` entries.

@@ -1,0 +1,136 @@
+"""The folder in which a corpus is prepared: one process, one recipe, nothing half-done."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steepest.data.shards import DTYPES, SPLITS, Index, Recipe, disk_errors
+from steepest.data.vocabulary import ABOUT
+from steepest.errors import UserError
+
+if TYPE_CHECKING:
+    from steepest.data.tokenizers import Tokenizer
+
+LOCK = ".steepest-lock"
+SHARD_FILE = rf"({'|'.join(SPLITS)})-\d{{5,}}\.({'|'.join(DTYPES)})"
+TEMPORARY = re.compile(rf"\.({SHARD_FILE}|index\.json|tokenizer)\.\w+")
+"""Names of files that are being written, as `steepest.files` makes them, and of such a folder."""
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder if needed, and keep other processes out of it.
+
+    Raises UserError if another process works in it or it can't be written to. If it was made here
+    and nothing is in it in the end, it is removed again.
+    """
+    existed = folder.is_dir()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UserError(
+                f"Another process ({lock.read().strip() or 'just started'}) prepares a corpus in "
+                f"{folder}; wait until it ends, or choose another folder."
+            ) from None
+        try:
+            with disk_errors(folder):
+                lock.truncate(0)
+                lock.write(f"{os.getpid()} on {platform.node()}\n")
+                lock.flush()
+            yield
+        finally:
+            if not (folder / "index.json").exists():
+                (folder / LOCK).unlink(missing_ok=True)
+                if not existed:
+                    with suppress(OSError):  # something is in it
+                        folder.rmdir()
+
+
+def begin(folder: Path, recipe: Recipe) -> Index:
+    """Return the index in the folder, or a new one; remove what a killed process left unfinished.
+
+    Raises UserError if the folder holds a corpus of another recipe, or something else.
+    """
+    if (folder / "index.json").exists():
+        index = Index.read(folder)
+        _check_same(folder, index.recipe, recipe)
+        discard(folder, TEMPORARY)
+        return index
+    if strange := sorted(path.name for path in folder.iterdir() if not _is_ours(path)):
+        raise UserError(
+            f"{folder} is not empty ({strange[0]} is in it) and holds no prepared corpus; "
+            "choose another folder."
+        )
+    discard(folder)
+    return Index(recipe)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Save the tokenizer with the shards, whole or not at all, and return where."""
+    place = folder / "tokenizer"
+    if not place.exists():
+        with disk_errors(folder):
+            temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".tokenizer."))
+            try:
+                tokenizer.save(temporary)
+                temporary.chmod(0o755)
+                temporary.rename(place)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return place
+
+
+def discard(folder: Path, names: re.Pattern[str] | None = None) -> None:
+    """Remove the files of ours with such names, by default all but the lock."""
+    for path in folder.iterdir():
+        if path.name == LOCK or not (names.fullmatch(path.name) if names else _is_ours(path)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file could be of a preparation that has no index yet."""
+    if path.name == "tokenizer":
+        return (path / ABOUT).is_file()
+    ours = path.name == LOCK or re.fullmatch(SHARD_FILE, path.name)
+    return bool(ours or TEMPORARY.fullmatch(path.name))
+
+
+def _check_same(folder: Path, begun: Recipe, asked: Recipe) -> None:
+    """Raise UserError unless the two recipes give the same corpus."""
+    for what, was, now in zip(_LABELS, _identity(begun), _identity(asked), strict=True):
+        if was != now:
+            raise UserError(
+                f"{folder} was begun with {what} {was}, not {now}; give the same to continue it, "
+                "or choose another folder."
+            )
+
+
+_LABELS = ("corpus", "tokenizer", "shards of", "training tokens", "validation tokens", "held out")
+
+
+def _identity(recipe: Recipe) -> tuple[str, ...]:
+    numbers = (recipe.shard_tokens, recipe.tokens, recipe.validation_tokens)
+    return (
+        f"{recipe.source} ({recipe.source_fingerprint})",
+        f"{recipe.tokenizer} ({recipe.tokenizer_fingerprint})",
+        *("as many as there are" if number is None else f"{number:,}" for number in numbers),
+        "the corpus's own split" if recipe.held_out is None else f"{recipe.held_out:g}",
+    )

@@ -1,0 +1,41 @@
+"""How far a run is, for somebody who watches it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from steepest.train.timing import StepClock
+
+PROGRESS_SECONDS = 0.25
+"""Least time between two calls of `on_progress`."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, and how fast."""
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float | None
+    """The last training loss; None before the first step."""
+    tokens_per_second: float
+    phase: str
+    """preparing, training, evaluating or done."""
+    mfu: float | None = None
+    """Model FLOPs utilisation, the share of the device's bfloat16 peak; None if that is unknown."""
+    seconds_left: float | None = None
+    """Of steps and evaluations to come, by those so far; None before the first step."""
+
+
+def seconds_left(clock: StepClock, step: int, steps: int, evaluate_every: int) -> float | None:
+    """Return what the rest of a run will take at the pace so far, None before the first step.
+
+    Evaluations at further steps than every `evaluate_every` are not foreseen.
+    """
+    if not clock.step_seconds:
+        return None
+    left = steps - step
+    evaluation = clock.evaluation_seconds / (1 + step // evaluate_every)
+    return left * clock.step_seconds + math.ceil(left / evaluate_every) * evaluation

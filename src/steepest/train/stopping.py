@@ -1,0 +1,63 @@
+"""Being asked to stop: a run saves, and a cluster is told to start it again."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+REQUEUE = 75
+"""Exit code of a run that saved its state because it was asked to stop: EX_TEMPFAIL, try again."""
+
+
+class Preempted(Exception):
+    """A run was asked to stop, and has saved its state at `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"Asked to stop: saved after step {step}; the same command continues from there."
+        )
+        self.step = step
+
+
+class StopRequest:
+    """Whether the process was asked to stop, by SIGTERM or, from Slurm, SIGUSR1."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals as requests while the context lasts; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._ask) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        self.asked = True
+
+
+@contextmanager
+def forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass requests to stop on to a process while the context lasts."""
+
+    def forward(number: int, frame: types.FrameType | None) -> None:
+        child.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,7 +1,8 @@
-# Two commands: `make race` and `make test`. Both set up .venv first, once.
+# Two commands: `make race` and `make test`. Both set up .venv first, once; tests need more in it.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+FOR_TESTS := .venv/.for-tests
 TORCH := 2.13.0
 
 .PHONY: race test quick lint setup clean
@@ -9,20 +10,20 @@ TORCH := 2.13.0
 race: $(INSTALLED)
 	$(BIN)/steepest race
 
-test: $(INSTALLED)
+test: $(FOR_TESTS)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Without the tests that compile, spawn processes or train for more than a few seconds.
-quick: $(INSTALLED)
+quick: $(FOR_TESTS)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
-lint: $(INSTALLED)
+lint: $(FOR_TESTS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-setup: $(INSTALLED)
+setup: $(FOR_TESTS)
 
 # Where no GPU is seen, the CPU build of torch is taken if pip's indexes offer one.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -31,7 +32,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	command -v nvidia-smi >/dev/null \
 	  || $(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null \
 	  || echo "pip's indexes have no CPU build of torch $(TORCH): installing the default build, which may be large."
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==$(TORCH) --editable '.[bench,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==$(TORCH) --editable '.[bench]'
+	touch $@
+
+$(FOR_TESTS): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==$(TORCH) --editable '.[bench,data,dev]'
 	touch $@
 
 clean:

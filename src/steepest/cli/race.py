@@ -122,8 +122,8 @@ def announce(console: Console, plan: planning.RacePlan, out: Path, jobs: int) ->
     training, tokens = plan.base.training, plan.base.training.steps * plan.base.tokens_per_step
     size = models.parameter_count(plan.base.model).total
     console.print(
-        f"{len(plan.entrants)} optimizers on a model ({plan.base.model.architecture}) of {formatting.count(size)} "
-        f"parameters ({plan.model}), {formatting.count(tokens)} tokens of "
+        f"{len(plan.entrants)} optimizers on {plan.model}, a {plan.base.model.architecture} of "
+        f"{formatting.count(size)} parameters, {formatting.count(tokens)} tokens of "
         f"{plan.base.data.corpus} a run in {training.steps} steps.",
         highlight=False,
     )

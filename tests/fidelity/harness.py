@@ -92,7 +92,6 @@ class Followed:
     def __init__(self, case: Case, optimizer: steepest.Optimizer) -> None:
         self.case, self.optimizer = case, optimizer
         self.t = 0
-        self.left: dict[Tensor, Tensor] = {}
         self.single: dict[Tensor, Reference] = {}
         self.grouped: list[tuple[list[Tensor], GroupReference]] = []
         self.lrs: dict[Tensor, float] = {}
@@ -141,19 +140,6 @@ class Followed:
             if g is not None and reference is not None and hasattr(reference, "observe"):
                 takes = len(inspect.signature(reference.observe).parameters)
                 reference.observe(*(g.double().numpy(), tokens)[:takes])
-
-    def step_optimizer(self) -> None:
-        """Step the optimizer, on gradients added to what it left in buffers that it keeps."""
-        for p, left in self.left.items():
-            assert p.grad is not None
-            p.grad.add_(left)
-        self.optimizer.step()
-        self.left = {
-            p: p.grad.clone()
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-            if self.optimizer.rules[group["rule"]].keeps_gradient and p.grad is not None
-        }
 
     def step(self, grads: dict[Tensor, Tensor]) -> None:
         """Step every reference; the optimizer has stepped already."""

@@ -81,15 +81,6 @@ def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         p.grad = g.to(p.dtype).clone()
 
 
-def add_gradients(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor]
-) -> None:
-    """Give parameters their gradients as a training loop does, where `zero_grad` may leave some."""
-    optimizer.zero_grad()
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.to(p.dtype).clone() if p.grad is None else p.grad + g.to(p.dtype)
-
-
 def with_roles(params: Sequence[Tensor]) -> list[dict[str, Any]]:
     """Return parameter groups: matrices hidden, the others vectors."""
     return [

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import steepest
-from steepest.models import llama as llama_module
+from steepest.models import Llama, attention
 
 STEPS = 32
 CASES: list[Case] = [
@@ -63,7 +63,7 @@ def exact_llama(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep a float64 LLaMA in float64: it casts norms, attention and logits to float32, whose
     rounding makes the gradient jump by 1e-7 at differences of 1e-16."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
-    monkeypatch.setattr(llama_module, "CPU_FLOAT32_ATTENTION_LENGTH", 0)
+    monkeypatch.setattr(attention, "CPU_FLOAT32_ATTENTION_LENGTH", 0)
 
 
 @pytest.mark.usefixtures("exact_llama")
@@ -84,7 +84,7 @@ def test_two_models_trained_side_by_side(case: Case, schedule: Schedule, decays:
         extra(followed, ours, data, step)
         problems.backward(ours, batch)
         problems.backward(theirs, batch)
-        followed.step_optimizer()
+        optimizer.step()
         scheduler.step()
         followed.step({p: gradient(q) for p, q in zip(mine, yours, strict=True)})
         values = followed.values()
@@ -110,7 +110,7 @@ def test_float32_llama(case: Case, schedule: Schedule, decays: bool) -> None:
         extra(followed, model, data, step)
         problems.backward(model, data[step % len(data)])
         grads = {p: gradient(p).clone() for p in params}
-        followed.step_optimizer()
+        optimizer.step()
         scheduler.step()
         followed.step(grads)
     compare(followed, start, "float32, LLaMA, given gradients")
@@ -118,7 +118,7 @@ def test_float32_llama(case: Case, schedule: Schedule, decays: bool) -> None:
 
 def extra(
     followed: Followed,
-    model: llama_module.Llama,
+    model: Llama,
     data: Sequence[tuple[Tensor, Tensor]],
     step: int,
 ) -> None:
@@ -162,7 +162,7 @@ def test_fixed_gradients_of_every_shape(case: Case, dtype: torch.dtype) -> None:
             problems.set_gradients(params, others)
             optimizer.observe(batch_tokens=TOKENS)
         problems.set_gradients(params, grads)
-        followed.step_optimizer()
+        optimizer.step()
         scheduler.step()
         followed.step(dict(zip(params, grads, strict=True)))
     precision = str(dtype).removeprefix("torch.")

@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apollo": {"update_interval": 3, "rank": 2},
     "apollo_mini": {"update_interval": 3},
     "q_apollo": {"update_interval": 3, "rank": 2},
-    "q_galore": {"update_interval": 3, "rank": 2},
+    "q_galore": {"update_interval": 1, "queue_size": 2, "rank": 2},
     "muon": {"adam_lr": 1e-2, "adam_weight_decay": 0.1, "ns_dtype": "float32"},
     "d_muon": {"ns_dtype": "float32"},
     "normuon": {"adam_lr": 1e-2, "ns_dtype": "float32"},

@@ -174,6 +174,52 @@ def test_a_missing_gradient_does_not_recompile(graphs: list[object]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "small"), [("adamw", 3), ("adamw", 100), ("muon", 100), ("adafactor", 100)]
+)
+def test_large_parameters_without_a_gradient_compile_once_more(
+    name: str, small: int, graphs: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "SMALL", small)
+    monkeypatch.setattr(buckets, "ALONE", 3)
+    monkeypatch.setattr(buckets, "ALONE_OF_STACK", 3)
+    shapes = ((4, 6),) * 5
+    params, alone, start = (problems.parameters(shapes=shapes) for _ in range(3))
+    opt, eager = make(name, params, compile=True), make(name, alone)
+    missing: tuple[tuple[int, ...], ...] = ((), (1,), (0, 3), (), (1, 2, 3, 4), (), ())
+    counts = []
+    for absent, grads in zip(missing, problems.stream(len(missing), shapes), strict=True):
+        for tensors in (params, alone):
+            problems.set_gradients(tensors, grads)
+            for i in absent:
+                tensors[i].grad = None
+        opt.step()
+        eager.step()
+        counts.append(len(graphs))
+    assert counts == [1] + [2] * 6  # the five together, and one alone
+    for a, b, p0 in zip(params, alone, start, strict=True):
+        moved_alike(a, b, p0, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "apart"), [("muon", False), ("adamw", True)])
+def test_where_the_number_of_the_step_is_nothing_all_are_together_again(
+    name: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets, "SMALL", 3)
+    monkeypatch.setattr(buckets, "ALONE_OF_STACK", 3)
+    shapes = ((4, 6),) * 5
+    params = problems.parameters(shapes=shapes)
+    opt = make(name, params)
+    for step, grads in enumerate(problems.stream(2, shapes)):
+        problems.set_gradients(params, grads)
+        if step == 0:
+            params[1].grad = None
+        opt.step()
+    problems.set_gradients(params, grads)
+    turns = [turn for plan in opt._plans() for turn in plan.due(opt.state)]
+    assert len(turns) == (5 if apart else 1)
+
+
 @pytest.mark.slow
 def test_runs_compile(graphs: list[object]) -> None:
     lr = torch.tensor([1e-3, 1e-2], dtype=torch.float64)

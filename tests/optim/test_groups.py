@@ -54,7 +54,7 @@ def test_groups_added_after_steps(name: str) -> None:
 def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
     params, optimizer = trained("adamw", 2)
     groups = len(optimizer.param_groups)
-    with pytest.raises(UserError, match="did you mean 'betas'"):
+    with pytest.raises(TypeError, match="did you mean 'betas'"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "beta": (0.9, 0.9)})
     with pytest.raises(ValueError, match=r"more than one parameter group|duplicate"):
         optimizer.add_param_group({"params": [params[0]]})
@@ -62,6 +62,19 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
     train(optimizer, params, [2])
     whole, _ = trained("adamw", 3)
     assert_same_bits(params, whole)
+
+
+def test_groups_take_the_names_that_create_takes() -> None:
+    def group(role: str, **own: Any) -> dict[str, Any]:
+        params = [nn.Parameter(torch.ones(3, 4))]
+        return steepest.create("muon", [{"params": params, "role": role, **own}]).param_groups[0]
+
+    assert group("embedding", adam_lr=0.1, adam_betas=(0.5, 0.6))["betas"] == (0.5, 0.6)
+    assert group("embedding", adam_lr=0.1)["lr"] == group("embedding", lr=0.1)["lr"] == 0.1
+    assert group("embedding", lr=0.02, adam_lr=0.1)["lr"] == 0.1  # the same for every group
+    assert group("embedding", adam_weight_decay=0.1)["weight_decay"] == 0.1
+    assert group("embedding", rule="muon", lr=0.3)["momentum"] == 0.95
+    assert group("hidden", rule="adamw", adam_lr=0.3)["lr"] == 0.3
 
 
 @pytest.mark.parametrize("scheduler", ["lambda", "cosine"])
@@ -179,6 +192,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "group_size": {"group_size": 10},
     "block_size": {"block_size": 10},
     "projection_bits": {"projection_bits": 2},
+    "cos_threshold": {"cos_threshold": 1.1},
+    "queue_size": {"queue_size": 3},
     "alpha_warmup": {"alpha_warmup": 20},
     "beta3_warmup": {"beta3_warmup": 20},
     "delta": {"delta": 0.1},
@@ -221,7 +236,6 @@ OTHERS = {
 }
 # radam has no denominator before its sixth step, and prodigy's d grows after as many.
 UNSEEN = {
-    ("scion_light", "momentum"),  # model.zero_grad() clears it
     # Vectors alone: not decayed, and their second moments only grow.
     ("scale", "adam_weight_decay"),
     ("scale", "adam_amsgrad"),

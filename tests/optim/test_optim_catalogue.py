@@ -6,15 +6,19 @@ import dataclasses
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import problems
 import pytest
 import torch
 from engine import knob, sample
+from made_up_rules import Observing
 
 import steepest
 from steepest.errors import UserError
 from steepest.optim import catalogue
+from steepest.optim.rules.adam import AdamW
+from steepest.optim.rules.variance_reduced import MarsAdamW
 
 NAMES = steepest.names()
 
@@ -42,9 +46,47 @@ def test_descriptions_are_complete(name: str) -> None:
     assert list(about.hyperparameters)[:2] == ["lr", "weight_decay"]
 
 
+@pytest.mark.parametrize("name", catalogue.WRAPPERS)
+def test_every_hyperparameter_of_a_wrapper_has_a_meaning(name: str) -> None:
+    about = catalogue.describe_wrapper(name)
+    assert "arXiv:" in about.formula
+    wrapped = catalogue.WRAPPERS[name](inner=AdamW())
+    assert list(about.hyperparameters) == list(wrapped.own_names().values())
+    for key, (default, meaning) in about.hyperparameters.items():
+        assert meaning.strip(), key
+        assert not meaning.endswith(".")
+        assert default == getattr(wrapped, key)
+
+
+def test_a_wrapper_by_a_wrong_name() -> None:
+    with pytest.raises(UserError, match=r"'lookahed'.*'lookahead'"):
+        catalogue.describe_wrapper("lookahed")
+
+
 def test_every_meaning_belongs_to_a_hyperparameter() -> None:
     used = {knob(name, key)[0] for name in NAMES for key in steepest.describe(name).hyperparameters}
-    assert used == set(catalogue.MEANINGS)
+    own = {
+        k: c.prefix
+        for c in catalogue.WRAPPERS.values()
+        for k in c(inner=AdamW()).own_names().values()
+    }
+    around = {f"{prefix}_{key}" for key, prefix in own.items()}
+    assert used <= set(catalogue.MEANINGS)
+    assert set(catalogue.MEANINGS) <= used | own.keys() | around
+
+
+@dataclass(frozen=True)
+class Late(Observing):
+    """Takes its first extra gradient after thousands of steps."""
+
+    def wants(self, step: int) -> bool:
+        return step == 10_000
+
+
+def test_what_is_needed_late_is_told() -> None:
+    assert any(hook.startswith("sampled labels") for hook in catalogue.hooks(Late()))
+    assert not any("second gradient" in hook for hook in catalogue.hooks(MarsAdamW()))
+    assert any("second gradient" in hook for hook in catalogue.hooks(MarsAdamW(exact=True)))
 
 
 # What a recipe sets by what a parameter is.

@@ -33,10 +33,37 @@ def test_unknown_names_get_the_nearest() -> None:
         steepest.create("muon", [{"params": one(), "role": "hiden"}])
     with pytest.raises(UserError, match=r"'embeding'.*'embedding'"):
         steepest.create("adamw", one(), decay_roles=["embeding"])
-    with pytest.raises(UserError, match="'learning_rate'"):
+    with pytest.raises(TypeError, match="'learning_rate'"):
         steepest.create("adamw", [{"params": one(), "learning_rate": 0.1}])
+    with pytest.raises(TypeError, match=r"'momentun'.*'momentum'"):
+        steepest.create("muon", [{"params": one(), "role": "hidden", "momentun": 0.9}])
+    with pytest.raises(TypeError, match=r"'adam_bettas'.*'adam_betas'"):
+        steepest.create("muon", [{"params": one(), "role": "head", "adam_bettas": (0.9, 0.9)}])
+    with pytest.raises(TypeError, match=r"muon steps 'adam_lr'"):
+        steepest.create("muon", [{"params": one(), "role": "hidden", "adam_lr": 0.1}])
     with pytest.raises(UserError, match=r"'adamv'.*'adamw'"):
         steepest.create("adamw", [{"params": one(), "rule": "adamv"}])
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        nn.Parameter(torch.ones(3, 4)),
+        torch.ones(3),
+        {"params": one()},
+        "weight",
+        None,
+        [torch.ones(3), 3],
+        [[torch.ones(3)]],
+        [(torch.ones(3), "weight")],
+        [{"param": one()}],
+        [{"params": ["weight"]}],
+    ],
+    ids=lambda members: repr(members)[:30].replace("\n", " "),
+)
+def test_what_is_neither_a_model_nor_parameters(members: Any) -> None:
+    with pytest.raises(TypeError, match=r"goes in a list|neither a parameter|no 'params'"):
+        steepest.create("adamw", members)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ AS_DESCRIBED: dict[str, dict[str, Any]] = {
     "fira": {"rank": 128},
     "apollo": {"rank": 256},
     "q_apollo": {"rank": 256},
-    "q_galore": {"rank": 128},
+    "q_galore": {"rank": 128, "queue_size": 5},
 }
 
 

@@ -55,10 +55,7 @@ def test_stepped_together_as_one_by_one(name: str) -> None:
         moved_alike(a, b, p0, 1e-5 if name == "soap" else 1e-6)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in NAMES if name not in SHARED | {"scion_light"}],  # It keeps gradients.
-)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SHARED])
 def test_missing_gradients_leave_a_parameter_as_it_was(name: str) -> None:
     shapes = ((6, 4), (6, 4), (6, 4), (5,), (3,))
     present = [(0, 1, 2, 3, 4), (0, 2, 4), (1, 3), (0,), (0, 1, 2, 3, 4), (), (2, 3)]

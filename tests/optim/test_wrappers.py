@@ -30,9 +30,13 @@ NEVER_OPPOSED = {"signsgd", "adagrad", "adagrad_norm", "apollo", "apollo_mini", 
 READS_WEIGHTS = {"lars", "adamp", "lamb", "sgg_lamb", "scaled_adam", "prodigy"}
 # A step is not the direction alone.
 NOT_PLAIN = {"schedulefree_adamw", "schedulefree_sgd", *ROUNDED}
+# New gradients are added to what they have.
+KEEPS_GRADIENT = {name for name in NAMES if catalogue.recipe(name).rule.keeps_gradient}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in READS_WEIGHTS | NOT_PLAIN])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in READS_WEIGHTS | NOT_PLAIN | KEEPS_GRADIENT]
+)
 def test_cautious_masks_what_opposes_the_gradient(name: str) -> None:
     # With lr 1 and no decay a step is the direction: compare it with the plain rule's, whose
     # state is the same because neither reads the weights.
@@ -68,7 +72,7 @@ def test_cautious_masks_what_opposes_the_gradient(name: str) -> None:
     assert bool(opposed) == (name not in NEVER_OPPOSED)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in KEEPS_GRADIENT])
 def test_a_wrapped_rule_saves_and_resumes(name: str) -> None:
     whole, _ = trained(name, 8, wrap=["cautious"])
     params, optimizer = trained(name, 5, wrap=["cautious"])
@@ -128,6 +132,9 @@ def test_wrappers_in_an_order_that_makes_no_sense() -> None:
         make("adamw", [param], wrap=["stochastic_rounding", "cautious"])
     with pytest.raises(UserError, match=r"lookahead.*already"):
         make("adamw", [param], wrap=["lookahead", "lookahead"])
+    for wrap in ("cautious", "adaptive_clipping"):
+        with pytest.raises(UserError, match=rf"{wrap} looks at new gradients.*ScionLight"):
+            make("scion_light", [param], wrap=[wrap])
 
 
 EVERY = [name for name in catalogue.WRAPPERS if name != "quantised"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import steepest
+from steepest.optim import catalogue
 from steepest.optim.fidelity import fidelity
-from steepest.report import pages
+from steepest.report import optimizers, pages
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -31,3 +34,15 @@ def test_every_optimizer_was_measured_in_both_precisions(name: str) -> None:
     for comparison in fidelity(name):
         limit = 5e-2 if comparison.comparison.startswith("bfloat16") else 1e-5
         assert comparison.error <= limit or comparison.note
+
+
+@pytest.mark.parametrize("name", catalogue.WRAPPERS)
+def test_a_wrapper_in_detail_says_what_its_hyperparameters_mean(name: str) -> None:
+    console = Console(width=1000, record=True, file=io.StringIO())
+    for part in optimizers.detail(name):
+        console.print(part)
+    text = console.export_text()
+    assert f"wrap=['{name}']" in text
+    for key, (_, meaning) in catalogue.describe_wrapper(name).hyperparameters.items():
+        assert key in text
+        assert meaning in text

@@ -2,15 +2,18 @@
 
 from steepest.optim.catalogue import Description, describe, names
 from steepest.optim.create import create
+from steepest.optim.int8 import Int8Weight, int8_weights
 from steepest.optim.live import Hyper
 from steepest.optim.optimizer import Optimizer
 from steepest.optim.presets import presets
 from steepest.optim.roles import NamedRole, Role, roles
-from steepest.optim.rule import Rule, State, Wrapper, ema
+from steepest.optim.rule import Rule, State, ema
+from steepest.optim.wrapper import Wrapper
 
 __all__ = [
     "Description",
     "Hyper",
+    "Int8Weight",
     "NamedRole",
     "Optimizer",
     "Role",
@@ -20,6 +23,7 @@ __all__ = [
     "create",
     "describe",
     "ema",
+    "int8_weights",
     "names",
     "presets",
     "roles",

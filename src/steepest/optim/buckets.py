@@ -14,12 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steepest.optim.pieces import Piece
+from steepest.optim.pieces import Piece, grads_of, values_of
 from steepest.optim.rule import Rule, State, compute_dtype
 
 SMALL = 1 << 16
 """Elements up to which elementwise parameters are joined end to end: for those a call costs more
 than moving their elements."""
+
+ALONE = 1 << 12
+"""Elements above which one of those that steps apart from the rest has a call of its own. Smaller
+ones are copied into one bucket, which is stepped eagerly, as a compiled step would be one for each
+number of them: the eager step of so few elements takes as long as a call."""
+
+ALONE_OF_STACK = 1 << 16
+"""The same for parameters in a stack: small matrices are faster together."""
 
 CHUNK = 8
 """Larger elementwise tensors of one shape that share a compiled call. A larger chunk saves
@@ -51,6 +59,8 @@ class Bucket(ABC):
     pieces: list[Piece]
     states: list[State]
     runs: int | None
+    source: tuple[Bucket, list[int]] | None = None
+    """What the states are copies of: these pieces of a bucket. None where they are the state."""
     seen: object = None
 
     @abstractmethod
@@ -58,8 +68,21 @@ class Bucket(ABC):
         """Return the state of one piece, sharing memory with what is stepped."""
 
     @abstractmethod
-    def some(self, indices: list[int]) -> Bucket:
-        """Return a bucket of some of the pieces, with copies of their state."""
+    def parts(self, indices: list[int]) -> list[Bucket]:
+        """Return some of the pieces, in buckets of their own: large ones alone, where they are.
+
+        So any subset of them is stepped by the same compiled call, once for each.
+        """
+
+    def give_back(self) -> None:
+        """Bring the states back to what they are copies of."""
+        if self.source is None:
+            return
+        whole, indices = self.source
+        for i, index in enumerate(indices):
+            kept = whole.views(index)
+            for name, value in self.views(i).items():
+                kept[name].copy_(value)
 
     @abstractmethod
     def gather(self, *, params: bool = True, grads: bool = True) -> Inputs:
@@ -86,9 +109,8 @@ class Bucket(ABC):
     def signature(self) -> object:
         """Return all that a compiled step of this bucket depends on beside the rule."""
         if self.seen is None:
-            self.seen = tuple(
-                (p.dtype, p.device, p.shape, p.stride()) for p in map(Piece.value, self.pieces)
-            )
+            outlines = [(piece.param.device, piece.outline()) for piece in self.pieces]
+            self.seen = tuple((device, p.dtype, p.shape, p.stride()) for device, p in outlines)
         return type(self), self.seen, tuple(self.states[0])
 
     def on_cpu(self) -> bool:
@@ -97,7 +119,8 @@ class Bucket(ABC):
 
     def values(self) -> list[Tensor]:
         """Return what receives the new parameters; copies where they are not in one place."""
-        return [p.value() if p.in_place else _own(p.value()) for p in self.pieces]
+        pairs = zip(self.pieces, values_of(self.pieces), strict=True)
+        return [value if piece.in_place else _own(value) for piece, value in pairs]
 
 
 class Separate(Bucket):
@@ -106,13 +129,12 @@ class Separate(Bucket):
     def views(self, index: int) -> State:
         return self.states[index]
 
-    def some(self, indices: list[int]) -> Bucket:
-        states = [{k: v.clone() for k, v in self.states[i].items()} for i in indices]
-        return Separate([self.pieces[i] for i in indices], states, self.runs)
+    def parts(self, indices: list[int]) -> list[Bucket]:
+        return [Separate([self.pieces[i]], [self.states[i]], self.runs) for i in indices]
 
     def gather(self, *, params: bool = True, grads: bool = True) -> Inputs:
         targets = self.values()
-        seen = [piece.grad() for piece in self.pieces] if grads else [unread(t) for t in targets]
+        seen = grads_of(self.pieces) if grads else [unread(t) for t in targets]
         return Inputs(seen, targets, self.states, targets)
 
 
@@ -123,14 +145,22 @@ class Joined(Bucket):
         shape = self.pieces[index].value().shape
         return {name: self._split(flat)[index].view(shape) for name, flat in self.states[0].items()}
 
-    def some(self, indices: list[int]) -> Bucket:
-        parts = {name: self._split(flat) for name, flat in self.states[0].items()}
-        state = {name: torch.cat([split[i] for i in indices], -1) for name, split in parts.items()}
-        return Joined([self.pieces[i] for i in indices], [state], self.runs)
+    def parts(self, indices: list[int]) -> list[Bucket]:
+        splits = {name: self._split(flat) for name, flat in self.states[0].items()}
+        large = {i for i in indices if self.pieces[i].outline().numel() > ALONE}
+        found: list[Bucket] = [
+            Joined([self.pieces[i]], [{n: split[i] for n, split in splits.items()}], self.runs)
+            for i in sorted(large)
+        ]
+        if small := [i for i in indices if i not in large]:
+            copies = {n: torch.cat([split[i] for i in small], -1) for n, split in splits.items()}
+            pieces = [self.pieces[i] for i in small]
+            found.append(Joined(pieces, [copies], self.runs, (self, small)))
+        return found
 
     def gather(self, *, params: bool = True, grads: bool = True) -> Inputs:
         joined = [join(self.values(), self.runs)]
-        own = join([piece.grad() for piece in self.pieces], self.runs) if grads else None
+        own = join(grads_of(self.pieces), self.runs) if grads else None
         return Inputs([unread(joined[0]) if own is None else own], joined, self.states, joined)
 
     def scatter(self, inputs: Inputs) -> None:
@@ -153,29 +183,25 @@ class Stacked(Bucket):
     def views(self, index: int) -> State:
         return {name: stack[index] for name, stack in self.states[0].items()}
 
-    def some(self, indices: list[int]) -> Bucket:
-        state = {
-            name: stack[torch.tensor(indices, device=stack.device)]
-            for name, stack in self.states[0].items()
-        }
-        return Stacked([self.pieces[i] for i in indices], [state], self.runs)
+    def parts(self, indices: list[int]) -> list[Bucket]:
+        (state,) = self.states
+        if self.pieces[0].outline().numel() > ALONE_OF_STACK:
+            alone = [{name: stack[i : i + 1] for name, stack in state.items()} for i in indices]
+            return [
+                Stacked([self.pieces[i]], [own], self.runs)
+                for i, own in zip(indices, alone, strict=True)
+            ]
+        copies = {name: torch.stack([stack[i] for i in indices]) for name, stack in state.items()}
+        return [Stacked([self.pieces[i] for i in indices], [copies], self.runs, (self, indices))]
 
     def gather(self, *, params: bool = True, grads: bool = True) -> Inputs:
         targets = self.values()
-        one = targets[0].expand(len(targets), *targets[0].shape)
-        seen = stack([piece.grad() for piece in self.pieces]) if grads else unread(one)
-        return Inputs([seen], [stack(targets) if params else unread(one)], self.states, targets)
+        none = unread(targets[0], len(targets))
+        seen = stack(grads_of(self.pieces)) if grads else none
+        return Inputs([seen], [stack(targets) if params else none], self.states, targets)
 
     def split(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         return tensors[0].unbind(0)
-
-
-def copy_state(part: Bucket, whole: Bucket, indices: list[int]) -> None:
-    """Put the state of `whole.some(indices)` back into the whole."""
-    for i, index in enumerate(indices):
-        kept = whole.views(index)
-        for name, value in part.views(i).items():
-            kept[name].copy_(value)
 
 
 Keys = dict[Tensor, Tensor]
@@ -186,10 +212,10 @@ def new_buckets(rule: Rule, pieces: Iterable[Piece], runs: int | None, keys: Key
     """Return buckets of pieces that have not been stepped, each of bounded size."""
     alike: dict[Any, list[Piece]] = {}
     for piece in pieces:
-        p = piece.value()
+        p = piece.outline()
         small = p.numel() <= SMALL and p.is_contiguous() and _joins(rule, p, runs)
         like = "small" if small else (p.shape, p.stride())
-        alike.setdefault((like, p.dtype, p.device, piece.sharding), []).append(piece)
+        alike.setdefault((like, p.dtype, piece.param.device, piece.sharding), []).append(piece)
     return [
         _new_bucket(rule, chunk, runs, keys, joined=like[0] == "small")
         for like, same in alike.items()
@@ -212,9 +238,9 @@ def _chunks(rule: Rule, pieces: list[Piece], *, joined: bool) -> list[list[Piece
         return [pieces]
     size = CHUNK
     if not rule.elementwise:
-        p = pieces[0].value()
-        limit = STACK_ELEMENTS.get(p.device.type, STACK_ELEMENTS_ELSEWHERE)
-        most = max(1, limit // max(1, p.numel()))
+        place, elements = pieces[0].param.device.type, pieces[0].outline().numel()
+        limit = STACK_ELEMENTS.get(place, STACK_ELEMENTS_ELSEWHERE)
+        most = max(1, limit // max(1, elements))
         stacks = -(-len(pieces) // most)
         size = -(-len(pieces) // stacks)  # of equal length: a last stack of one wastes the cores
     return [pieces[i : i + size] for i in range(0, len(pieces), size)]
@@ -224,7 +250,7 @@ def _new_bucket(
     rule: Rule, pieces: list[Piece], runs: int | None, keys: Keys, *, joined: bool
 ) -> Bucket:
     init = rule.init if runs is None else torch.vmap(rule.init)
-    wide = [v.detach().to(compute_dtype(v.dtype)) for v in map(Piece.value, pieces)]
+    wide = [v.detach().to(compute_dtype(v.dtype)) for v in values_of(pieces)]
     if joined:
         return Joined(pieces, [init(join(wide, runs))], runs)
     states = [init(w) for w in wide] if rule.elementwise else [torch.vmap(init)(stack(wide))]
@@ -247,9 +273,9 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
-def unread(like: Tensor) -> Tensor:
-    """Return NaN in a shape, without the memory: what reads it shows."""
-    return like.new_full((), torch.nan).expand_as(like)
+def unread(like: Tensor, *count: int) -> Tensor:
+    """Return NaN in a shape, or so many of them, without the memory: what reads it shows."""
+    return like.new_full((), torch.nan).expand(*count, *like.shape)
 
 
 def _own(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from steepest.errors import unknown
 from steepest.optim.hyperparameters import MEANINGS
 from steepest.optim.recipe import Recipe
 from steepest.optim.roles import Role
-from steepest.optim.rule import Rule, Wrapper
+from steepest.optim.rule import Rule
 from steepest.optim.rules import (
     adam,
     adam_by_tensor,
@@ -45,6 +46,7 @@ from steepest.optim.rules.wrappers import (
     Lookahead,
     StochasticRounding,
 )
+from steepest.optim.wrapper import Wrapper
 
 FAMILIES: tuple[tuple[Recipe, ...], ...] = (
     sgd.RECIPES,
@@ -114,6 +116,18 @@ class Description:
     """Public implementations under this name that do something else, a sentence each."""
 
 
+@dataclass(frozen=True)
+class WrapperDescription:
+    """What `describe_wrapper` returns."""
+
+    name: str
+    formula: str
+    hyperparameters: dict[str, tuple[Any, str]]
+    """Own ones: name -> (default, meaning). Around a rule that has the name, <wrapper>_<name>."""
+    everywhere: bool
+    """It goes around the rules of all roles, not around the method's own alone."""
+
+
 def names() -> list[str]:
     """Return the name of every optimizer, in the order of the catalogue."""
     return list(RECIPES)
@@ -150,6 +164,20 @@ def describe(name: str) -> Description:
     )
 
 
+def describe_wrapper(name: str) -> WrapperDescription:
+    """Return what a wrapper is. Raises UserError with the nearest name if there is none."""
+    if name not in WRAPPERS:
+        raise unknown("wrapper", name, WRAPPERS)
+    wrapper = WRAPPERS[name]
+    own = [field for field in dataclasses.fields(wrapper) if field.name not in Wrapper.INHERITED]
+    return WrapperDescription(
+        name,
+        _docstring(wrapper),
+        {field.name: (field.default, _meaning_around(wrapper, field.name)) for field in own},
+        wrapper.everywhere,
+    )
+
+
 def initial_state(rule: Rule, param: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the state tensors of a parameter as the engine makes them."""
     key = {"key": torch.empty((), dtype=torch.int64, device=param.device)} if rule.draws else {}
@@ -158,33 +186,51 @@ def initial_state(rule: Rule, param: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def hooks(rule: Rule) -> tuple[str, ...]:
     """Return what a rule needs beside the gradients of each step: a few words, and a sentence."""
-    wanted = {extra for step in range(1, 50) if (extra := rule.wants(step)) is not None}
+    extra = rule.extra()
     found = [
-        ("sampled_labels" in wanted, "sampled labels: a gradient on labels drawn from predictions"),
-        ("previous_weights" in wanted, "second gradient: the batch's at the last step's weights"),
+        (extra == "sampled_labels", "sampled labels: a gradient on labels drawn from predictions"),
+        (extra == "previous_weights", "second gradient: the batch's at the last step's weights"),
         (bool(rule.shared()), "global sums: over all parameters before each step"),
         (rule.averages, "evaluation weights: optimizer.eval() before evaluating, train() after"),
-        (rule.keeps_gradient, "kept gradients: optimizer.zero_grad() leaves them, as its state"),
+        (rule.keeps_gradient, "kept gradients: what a step leaves in .grad is its state"),
         (rule.starts(), "idle first step: it sets state up and moves nothing"),
         (rule.draws, "random numbers: a function of seed, parameter and step"),
+        (bool(rule.total_steps), f"total steps: {', '.join(sorted(rule.total_steps))}"),
     ]
     return tuple(sentence for needed, sentence in found if needed)
 
 
 def _formula(rule: Rule) -> str:
-    lines = (type(rule).__doc__ or "").strip().splitlines()
-    text = "\n".join(line.removeprefix("    ") for line in lines)
+    text = _docstring(type(rule))
     if isinstance(rule, Wrapper):
         text += "\n\nAround:\n\n" + _formula(rule.inner)
     return text
 
 
+def _docstring(cls: type[Rule]) -> str:
+    lines = (cls.__doc__ or "").strip().splitlines()
+    return "\n".join(line.removeprefix("    ") for line in lines)
+
+
 def _meaning(found: Recipe, key: str) -> str:
     if key in found.rule.hyperparameters():
-        return MEANINGS[key]
+        return _meaning_in(found.rule, key)
     for part in found.parts:
         name = key.removeprefix(f"{part.prefix}_")
         if name in part.rule.hyperparameters() and name != key:
             whose = ", ".join(role.value for role in Role if role in part.roles)
-            return f"{MEANINGS[name]} (for {whose})"
+            return f"{_meaning_in(part.rule, name)} (for {whose})"
     raise KeyError(key)
+
+
+def _meaning_in(rule: Rule, key: str) -> str:
+    while isinstance(rule, Wrapper):
+        if field := rule.own_names().get(key):
+            return _meaning_around(type(rule), field)
+        rule = rule.inner
+    return MEANINGS[key]
+
+
+def _meaning_around(wrapper: type[Wrapper], field: str) -> str:
+    """Return what a wrapper's own hyperparameter means, where that is not what its name says."""
+    return MEANINGS.get(f"{wrapper.prefix}_{field}") or MEANINGS[field]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from steepest.errors import UserError, unknown
 from steepest.optim.catalogue import WRAPPERS, recipe
+from steepest.optim.groups import RESERVED
+from steepest.optim.members import members, tensors
 from steepest.optim.optimizer import Optimizer
 from steepest.optim.presets import preset as find_preset
 from steepest.optim.recipe import Part, Recipe
 from steepest.optim.roles import NamedRole, Role, as_role
-from steepest.optim.roles import roles as find_roles
 from steepest.optim.rule import Rule
 
 DECAYED = frozenset({Role.HIDDEN, Role.HEAD})
@@ -42,7 +44,8 @@ def create(
     `"role"`. Without roles, tensors of two and more dimensions count as hidden and others as
     vectors; optimizers that treat embeddings or heads differently then ask for roles.
 
-    Parameter groups keep what they set; one without a role decays all of its parameters.
+    Parameter groups keep what they set, by the names of `hyperparameters` or, of what AdamW steps
+    beside the method, by AdamW's own; one without a role decays all of its parameters.
 
     `preset` names tuned hyperparameters (`steepest optimizers NAME` lists them); what is given
     beside it wins, `wrap` included. `wrap` names wrappers, innermost first (`["cautious"]`): around
@@ -52,8 +55,8 @@ def create(
     those of `Optimizer`. `hyperparameters` are those of `describe(name)`, the paper's by default.
 
     Raises UserError (a ValueError) for an unknown optimizer, preset, wrapper or role, and TypeError
-    for an unknown hyperparameter, each with the nearest right name. Warns where a parameter's role
-    is in doubt and matters.
+    for an unknown hyperparameter, each with the nearest right name, and for what is not a module,
+    nor an iterable of the above. Warns where a parameter's role is in doubt and matters.
     """
     found = recipe(name) if isinstance(name, str) else _own(name)
     if preset is not None:
@@ -66,30 +69,31 @@ def create(
     _check_names(found, rule, hyperparameters)
     decayed = {as_role(role) for role in decay_roles}
     groups: dict[Hashable, dict[str, Any]] = {}
-    for index, (params, named, extra) in enumerate(_members(model, roles, runs)):
-        part = found.part_of(None if named is None else named.role)
-        if found.routed and named is None:
-            raise UserError(
-                f"{found.name} treats embeddings, heads and hidden matrices differently, so it "
-                "needs to know them: pass the nn.Module, or parameter groups with a 'role' each."
-            )
+    doubts: dict[tuple[str, str], list[str]] = {}
+    for index, (params, named, extra) in enumerate(members(model, roles, runs)):
+        part = _part(found, named, extra or {})
         group = {"rule": label, **_given(rule, hyperparameters)}
         if part is not None:
             group = _group_of_part(found, part, rules[_label(found, part)], hyperparameters)
         if named is not None:
-            _warn_of_doubt(found, part, params, named, rule)
+            if named.doubt and (found.routed or (part is None and rule.splits)):
+                for path, _ in params:
+                    sentence = f"is stepped as {named.role.value}, but {named.doubt}"
+                    doubts.setdefault((re.sub(r"\d+", "*", path), sentence), []).append(path)
             group |= _layout(named, rule if part is None else part.rule)
             if part is None and found.adapt is not None:
-                for _, tensor in _tensors(params):
+                for _, tensor in tensors(params):
                     adapted = found.adapt(named, tensor)
                     group |= {k: v for k, v in adapted.items() if _is_default(rule, group, k)}
             if named.role not in decayed:
                 group["weight_decay"] = 0.0
         # A caller's own groups stay as they are; single parameters are gathered.
         decays = named is None or named.role in decayed
-        own = (decays, *sorted(map(repr, group.items())))
-        key: Hashable = index if extra is not None else own
-        groups.setdefault(key, {**group, **(extra or {}), "params": []})["params"].extend(params)
+        alike = (decays, *sorted(map(repr, group.items())))
+        key: Hashable = index if extra is not None else alike
+        group |= {} if extra is None else _of_group(extra, found, part, rules[group["rule"]])
+        groups.setdefault(key, {**group, "params": []})["params"].extend(params)
+    _warn_of(doubts)
     return Optimizer(
         list(groups.values()), rules, runs=runs, compile=compile, seed=seed, nonfinite=nonfinite
     )
@@ -122,6 +126,36 @@ def _check_names(found: Recipe, rule: Rule, given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in valid:
             raise TypeError(str(unknown(f"hyperparameter of {found.name}", name, valid)))
+
+
+def _part(found: Recipe, named: NamedRole | None, group: Mapping[str, Any]) -> Part | None:
+    """Return the part of a recipe that steps a role, unless the group names its rule."""
+    if "rule" in group:
+        return next((p for p in found.parts if _label(found, p) == group["rule"]), None)
+    if found.routed and named is None:
+        raise UserError(
+            f"{found.name} treats embeddings, heads and hidden matrices differently, so it "
+            "needs to know them: pass the nn.Module, or parameter groups with a 'role' each."
+        )
+    return found.part_of(None if named is None else named.role)
+
+
+def _of_group(
+    given: Mapping[str, Any], found: Recipe, part: Part | None, rule: Rule
+) -> dict[str, Any]:
+    """Return what a caller's group sets, by the names of the rule that steps it.
+
+    Hyperparameters may have the names that `create` takes, too. Raises TypeError for others.
+    """
+    names = {name: name for name in (*RESERVED, *rule.hyperparameters())}
+    if part is not None:
+        names |= {f"{part.prefix}_{name}": name for name in part.rule.hyperparameters()}
+    for key in given:
+        if key not in names:
+            kind = f"hyperparameter of what {_label(found, part) if part else found.name} steps"
+            raise TypeError(str(unknown(kind, key, names.keys() - RESERVED)))
+    bare = {key: value for key, value in given.items() if names[key] == key}
+    return bare | {names[key]: value for key, value in given.items() if names[key] != key}
 
 
 def _is_default(rule: Rule, given: Mapping[str, Any], name: str) -> bool:
@@ -157,54 +191,12 @@ def _layout(named: NamedRole, rule: Rule) -> dict[str, Any]:
     return {name: value for name, value in seen.items() if value}
 
 
-def _warn_of_doubt(
-    found: Recipe, part: Part | None, params: list[Any], named: NamedRole, rule: Rule
-) -> None:
-    if named.doubt and (found.routed or (part is None and rule.splits)):
-        name = next((name for name, _ in _tensors(params)), None) or "A parameter"
+def _warn_of(doubts: Mapping[tuple[str, str], list[str]]) -> None:
+    """Warn of each doubt once for the parameters whose names differ in numbers alone."""
+    for (_, sentence), names in doubts.items():
+        parts = zip(*(name.split(".") for name in names), strict=True)
+        pattern = ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
         warnings.warn(
-            f"{name} is stepped as {named.role.value}, but {named.doubt}. Say what it is with "
-            f"create(..., roles={{{name!r}: ...}}).",
+            f"{pattern} {sentence}. Say what it is with create(..., roles={{{pattern!r}: ...}}).",
             stacklevel=3,
         )
-
-
-def _tensors(params: list[Any]) -> Iterator[tuple[str | None, Tensor]]:
-    for p in params:
-        yield p if isinstance(p, tuple) else (None, p)
-
-
-def _members(
-    model: nn.Module | Iterable[Any],
-    roles: Mapping[str, Role | str | NamedRole] | None,
-    runs: int | None,
-) -> Iterable[tuple[list[Any], NamedRole | None, dict[str, Any] | None]]:
-    """Yield parameters with their role, None where it is not known, and what their group sets.
-
-    The last is None for parameters that did not come in a group.
-    """
-    if isinstance(model, nn.Module):
-        parameters = dict(model.named_parameters())
-        if runs is not None:
-            raise UserError(
-                "With runs the leading dimension of every parameter counts runs, which a module's "
-                "layers do not say; pass parameter groups with a 'role' each."
-            )
-        for name, named in find_roles(model, roles).items():
-            yield [(name, parameters[name])], named, None
-        return
-    if roles:
-        raise UserError("roles name parameters of an nn.Module; give groups their 'role' instead.")
-    for member in model:
-        if isinstance(member, dict):
-            params = member["params"]
-            group_role = NamedRole(as_role(member["role"])) if "role" in member else None
-            extra = {k: v for k, v in member.items() if k not in ("params", "role")}
-            yield [params] if isinstance(params, Tensor) else list(params), group_role, extra
-        else:
-            tensor = member[1] if isinstance(member, tuple) else member
-            yield (
-                [member],
-                NamedRole(Role.VECTOR) if tensor.ndim - (runs is not None) < 2 else None,
-                None,
-            )

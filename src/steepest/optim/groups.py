@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,10 +10,14 @@ from torch import Tensor
 
 from steepest.errors import UserError, unknown
 from steepest.optim import hyperparameters, random, stepping
+from steepest.optim.hyperparameters import hashable
+from steepest.optim.int8 import check_steps
+from steepest.optim.kept import KeptGradients
 from steepest.optim.pieces import copy_to
-from steepest.optim.plan import Plan
+from steepest.optim.plan import OBSERVED, Plan
 from steepest.optim.roles import check_split
-from steepest.optim.rule import Extra, Rule
+from steepest.optim.rule import Rule
+from steepest.optim.wrapper import overrides
 
 COMPILE_ELEMENTS = 4_000_000
 """With compile="auto", parameters below this many elements run eagerly: a step takes less time
@@ -21,6 +25,9 @@ than compiling could win back in a short run."""
 
 EVALUATING = "evaluating"
 """Key of parameter groups whose rule averages: whether the evaluation weights are in place."""
+
+SKIPPED = "skipped_steps"
+"""Key of the first parameter group: how many steps were skipped for their gradients."""
 
 RESERVED = frozenset(
     {
@@ -35,6 +42,8 @@ RESERVED = frozenset(
         "transposed",
         "bank",
         EVALUATING,
+        OBSERVED,
+        SKIPPED,
     }
 )
 
@@ -50,9 +59,8 @@ OWN_ATTRIBUTES = (
     "compile",
     "seed",
     "nonfinite",
-    "skipped_steps",
-    "_observed",
     "_held",
+    "_kept",
 )
 """What a copy or a pickle keeps beside what torch's own optimizers have."""
 
@@ -75,9 +83,8 @@ class RuledGroups(torch.optim.Optimizer):
         self.compile = compile
         self.seed = seed
         self.nonfinite = nonfinite
-        self.skipped_steps = 0
-        self._observed: set[Extra] = set()
         self._held: dict[Tensor, Tensor] = {}
+        self._kept = KeptGradients()
         # Changed in place, not set: Lightning calls methods on a wrapper that shares attributes.
         self._made: list[Plan] = []
         if compile not in (True, False, "auto"):
@@ -85,6 +92,8 @@ class RuledGroups(torch.optim.Optimizer):
         if nonfinite not in ("propagate", "skip", "raise"):
             raise UserError(f"nonfinite is {nonfinite!r}; it must be propagate, skip or raise.")
         super().__init__(groups, {})
+        if nonfinite == "skip":  # A distributed checkpoint loads what is there.
+            self.param_groups[0][SKIPPED] = 0
         common = set.intersection(*(set(rule.hyperparameters()) for rule in self.rules.values()))
         first = next(iter(self.rules.values())).hyperparameters()
         self.defaults = {name: value for name, value in first.items() if name in common}
@@ -97,11 +106,13 @@ class RuledGroups(torch.optim.Optimizer):
         defaults = self.rules[name].hyperparameters()
         for key in param_group:
             if key not in defaults and key not in RESERVED:
-                raise unknown(f"hyperparameter of {name}", key, defaults)
+                raise TypeError(str(unknown(f"hyperparameter of {name}", key, defaults)))
         self._normalise(param_group)
         check_split(param_group.get("split"))
         if self.rules[name].averages:
             param_group[EVALUATING] = False
+        if overrides(self.rules[name], "extra"):
+            param_group[OBSERVED] = False
         super().add_param_group(param_group)
         try:
             self._check_shapes(self.param_groups[-1])
@@ -123,6 +134,7 @@ class RuledGroups(torch.optim.Optimizer):
         rule = self.rules[group["rule"]]
         for p in group["params"]:
             shape = tuple(p.shape)
+            check_steps(group["rule"], rule, group, p, self.runs)
             if self.runs is not None and (not shape or shape[0] != self.runs):
                 raise UserError(
                     f"With runs={self.runs} every parameter needs a leading dimension of "
@@ -135,22 +147,42 @@ class RuledGroups(torch.optim.Optimizer):
                 )
 
     def _plans(self) -> list[Plan]:
-        """Return how each group is stepped, made anew where a static hyperparameter changed."""
-        if not self._made:
-            self._made[:] = [self._plan(group) for group in self.param_groups]
-        for index, (group, plan) in enumerate(zip(self.param_groups, self._made, strict=True)):
-            if not plan.fits(group):
-                self._made[index] = self._plan(group)
+        """Return how the groups are stepped, made anew where values no longer allow it."""
+        planned = {id(group) for plan in self._made for group in plan.groups}
+        if not planned.issuperset(map(id, self.param_groups)):
+            self._made[:] = self._planned(self.param_groups)
+        fit = [plan.fits() for plan in self._made]
+        if not all(fit):
+            now = zip(self._made, fit, strict=True)
+            parts = [[plan] if fits else self._planned(plan.groups) for plan, fits in now]
+            self._made[:] = [plan for part in parts for plan in part]
         return self._made
 
-    def _plan(self, group: dict[str, Any]) -> Plan:
-        self._normalise(group)  # A distributed checkpoint makes lists of tuples.
-        rule = self.rules[group["rule"]]
+    def _planned(self, groups: list[dict[str, Any]]) -> list[Plan]:
+        """Return the plans of groups, one for all that are alike."""
+        alike: dict[Hashable, list[dict[str, Any]]] = {}
+        for group in groups:
+            self._normalise(group)  # A distributed checkpoint makes lists of tuples.
+            alike.setdefault(self._likeness(group), []).append(group)
+        return [self._plan(same) for same in alike.values()]
+
+    def _likeness(self, group: dict[str, Any]) -> Hashable:
+        """Return what is equal of groups that are stepped as one.
+
+        Learning rates of equal schedules: at the start of a warm-up all are 0. Step counts: those
+        that are apart would be stepped apart for long.
+        """
+        steps = max((self.state.get(p, {}).get("step", 0) for p in group["params"]), default=0)
+        names = (*self.rules[group["rule"]].hyperparameters(), "rule", "initial_lr", OBSERVED)
+        return int(steps), *(hashable(group.get(name)) for name in names)
+
+    def _plan(self, groups: list[dict[str, Any]]) -> Plan:
+        rule = self.rules[groups[0]["rule"]]
         keys = {}
         if rule.draws:
             keys = {p: random.new_key(self.seed, i) for i, p in enumerate(self._parameters())}
         plan = Plan.of(
-            group,
+            groups,
             rule,
             self.state,
             runs=self.runs,
@@ -196,14 +228,16 @@ class RuledGroups(torch.optim.Optimizer):
             for p in group["params"]
         ]
 
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because a gradient was not finite."""
+        return int(self.param_groups[0].get(SKIPPED, 0))
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, but for rules whose state is what is left in them."""
-        kept = {p: p.grad for p in self._keeping()}
-        for p in kept:
+        """Clear the gradients. What is state in them is held, and added at the next step."""
+        for p in self._keeping():
             p.grad = None
         super().zero_grad(set_to_none)
-        for p, grad in kept.items():
-            p.grad = grad
 
     def state_bytes(self) -> int:
         """Return the bytes of optimizer state on all devices, step counts left out."""
@@ -218,9 +252,8 @@ class RuledGroups(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, in evaluation mode with the weights that `train` brings back."""
         found = super().state_dict()
-        kept = {p: p.grad for p in self._keeping() if p.grad is not None}
         for i, p in enumerate(self._parameters()):
-            for name, values in ((KEPT, kept), (HELD, self._held)):
+            for name, values in ((KEPT, self._kept.values), (HELD, self._held)):
                 if p in values:
                     found["state"][i] = {**found["state"].get(i, {}), name: values[p]}
         return found
@@ -252,13 +285,15 @@ class RuledGroups(torch.optim.Optimizer):
         # parameters at every resume: take the values as they were saved.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         self._held.clear()
+        kept = {}
         for i, p in zip(ids, self._parameters(), strict=True):
             if i in saved:
                 own = self.state[p] = dict(saved[i])
-                if (kept := own.pop(KEPT, None)) is not None:
-                    p.grad = _like(p, kept)
+                if (left := own.pop(KEPT, None)) is not None:
+                    kept[p] = _like(p, left)
                 if (held := own.pop(HELD, None)) is not None:
                     self._held[p] = _like(p, held)
+        self._kept.load(kept)
         # Without state there may be no parameters yet where they will be (on a GPU, sharded).
         if saved:
             self._plans()

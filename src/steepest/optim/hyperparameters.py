@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import tomllib
+from collections.abc import Hashable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -64,6 +65,7 @@ LIMITS = {
     "rank": COUNT,
     "projection_bits": Limits(low=1, high=9),
     "group_size": COUNT,
+    "queue_size": COUNT,
 }
 """Limits by name; other numbers are at least 0 and finite."""
 
@@ -107,6 +109,14 @@ def normal(
         return _limited(rule, name, float(value))
     kind = f"one of {', '.join(choices)}" if choices else f"like {default!r}"
     raise UserError(f"{name} of {rule} is {value!r}, but it must be {kind}.")
+
+
+def hashable(value: Any) -> Hashable:
+    """Return a value as one that can be compared and hashed: of a tensor, its numbers."""
+    if isinstance(value, tuple):
+        return tuple(map(hashable, value))
+    found: Hashable = tuple(value.tolist()) if isinstance(value, Tensor) else value
+    return found
 
 
 def is_zero(value: object) -> bool:

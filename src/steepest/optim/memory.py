@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steepest.optim.catalogue import recipe
 from steepest.optim.create import create
+from steepest.optim.int8 import Int8Weight, int8_weights
 from steepest.optim.roles import NamedRole, Role
 from steepest.optim.roles import roles as find_roles
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of the parameters of one role, their gradients and their optimizer state."""
+    """Bytes of the parameters of one role, their gradients and their optimizer state.
+
+    Those of parameters in int8 are of their codes, scales and zeros.
+    """
 
     role: str
     parameters: int
@@ -40,14 +45,21 @@ def held(
     """Return what a model's parameters, gradients and optimizer state take, role by role.
 
     `model` may be anywhere, also on the meta device; it stays as it is. `dtype` is that of
-    parameters and gradients. State is in float32 as the engine keeps it (8-bit codes stay what they
-    are), or counted as if its floating point tensors were in `state_dtype`, as they are in tables
-    made with pure bfloat16. Step counts on the host are left out. Raises what `create` raises.
+    parameters and gradients. Optimizers that keep weights in int8 are counted with the model's
+    hidden matrices in it, as `int8_weights` stores them. State is in float32 as the engine keeps it
+    (8-bit codes stay what they are), or counted as if its floating point tensors were in
+    `state_dtype`, as they are in tables made with pure bfloat16. Step counts on the host are left
+    out. Raises what `create` raises.
     """
     twins: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
     for p in model.parameters():
-        twins[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        shape = p.detach().to("meta") if _is_int8(p) else torch.empty_like(p, device="meta")
+        twins[id(p)] = nn.Parameter(shape, p.requires_grad)
     model = copy.deepcopy(model, twins).to(dtype)  # the caller's stays as it is
+    rule = recipe(optimizer).rule
+    if rule.rounds_to_int8 and not wrap and not any(map(_is_int8, model.parameters())):
+        group_size = hyperparameters.get("group_size", rule.hyperparameters()["group_size"])
+        int8_weights(model, group_size=group_size, roles=roles)
     made = create(optimizer, model, roles=roles, wrap=wrap, compile=False, **hyperparameters)
     made.state_bytes()  # lays the state out
     named = find_roles(model, roles)
@@ -62,12 +74,22 @@ def held(
             Held(
                 role.value,
                 count,
-                count * dtype.itemsize,
+                sum(map(_stored_bytes, mine)),
                 count * dtype.itemsize,
                 sum(_bytes(tensor, state_dtype) for tensor in state),
             )
         )
     return rows
+
+
+def _is_int8(parameter: Tensor) -> bool:
+    return isinstance(parameter, Int8Weight)
+
+
+def _stored_bytes(parameter: Tensor) -> int:
+    if isinstance(parameter, Int8Weight):
+        return parameter.stored_bytes()
+    return parameter.numel() * parameter.element_size()
 
 
 def _has(named: Mapping[str, NamedRole], name: str, role: Role) -> bool:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from steepest.errors import UserError
-from steepest.optim.groups import EVALUATING, RuledGroups
+from steepest.optim.groups import EVALUATING, SKIPPED, RuledGroups
 from steepest.optim.live import Layout
 from steepest.optim.pieces import anywhere, copy_to
-from steepest.optim.rule import Extra, overrides
+from steepest.optim.plan import OBSERVED
+from steepest.optim.rule import Extra
 from steepest.optim.turns import Turn, Values, combine, to_device
+from steepest.optim.wrapper import overrides
 
 
 class Optimizer(RuledGroups):
@@ -60,9 +62,11 @@ class Optimizer(RuledGroups):
             with torch.enable_grad():
                 loss = closure()
         if self._nonfinite():
-            self._observed.clear()
+            self._mark(OBSERVED, False)
             return loss
         self._check_observed()
+        keeping = self._keeping()
+        self._kept.add(keeping)
         turns = [turn for plan in self._plans() for turn in plan.due(self.state)]
         measured = [turn for turn in turns if turn.measuring]
         for name in dict.fromkeys(turn.plan.name for turn in measured):
@@ -71,7 +75,8 @@ class Optimizer(RuledGroups):
         values = Values(self._shared)
         for turn in turns:
             _run(turn, values.of(turn))
-        self._observed.clear()
+        self._kept.keep(keeping)
+        self._mark(OBSERVED, False)
         return loss
 
     def _only_shows_state(self) -> bool:
@@ -85,6 +90,7 @@ class Optimizer(RuledGroups):
         if anywhere(self._gradients(), lambda largest: largest != 0):
             return False
         self._plans()
+        self._kept.keep(self._keeping())
         return True
 
     def _gradients(self) -> list[Tensor]:
@@ -98,7 +104,7 @@ class Optimizer(RuledGroups):
             return False
         if self.nonfinite == "raise":
             raise FloatingPointError("A gradient is not finite; no parameter was stepped.")
-        self.skipped_steps += 1
+        self.param_groups[0][SKIPPED] = self.skipped_steps + 1
         return True
 
     def wants(self) -> set[Extra]:
@@ -108,29 +114,31 @@ class Optimizer(RuledGroups):
         of the batch. "previous_weights": of the loss on the coming batch at the weights before the
         last step, which `previous_weights()` puts in place.
         """
-        if not any(overrides(rule, "wants") for rule in self.rules.values()):
+        if not any(overrides(rule, "extra") for rule in self.rules.values()):
             return set()
-        found = {extra for plan in self._plans() for extra in plan.wants(self.state)}
-        return found - self._observed
+        extras = {plan.rule.extra() for plan in self._plans() if plan.wants(self.state)}
+        return {extra for extra in extras if extra is not None}
 
     @torch.no_grad()
     def observe(self, batch_tokens: int = 1) -> None:
         """Take the gradients that are there as the extra ones that `wants` names, and clear them.
 
-        `batch_tokens` is the number of tokens that their loss is the mean of.
+        `batch_tokens` is the number of tokens that their loss is the mean of. Gradients must have
+        been cleared before the extra ones were computed.
         """
-        wanted = self.wants()
-        for plan in [] if self._nonfinite() else self._plans():
-            for turn in plan.due_to_observe(wanted, self.state):
+        wanting = [plan for plan in self._plans() if plan.wants(self.state)]
+        for plan in [] if self._nonfinite() else wanting:
+            for turn in plan.due_to_observe(self.state):
                 values = {**turn.values(), "batch_tokens": float(batch_tokens)}
                 layout = Layout.of(values)
                 vector = to_device(layout.pack(values, self.runs), turn.device)
                 turn.run("observe", vector, layout)
                 turn.keep_state()
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-        self._observed |= wanted
+        for plan in wanting:
+            for group in plan.groups:
+                group[OBSERVED] = True
+        for p in self._parameters():
+            p.grad = None
 
     def _check_observed(self) -> None:
         if missing := self.wants():
@@ -181,7 +189,7 @@ class Optimizer(RuledGroups):
                 turn.inputs = turn.part.gather(grads=False)
                 turn.run("average", values.of(turn))
                 turn.part.scatter(turn.inputs)
-        self._mark_groups(evaluating=bool(self._held))
+        self._mark(EVALUATING, bool(self._held))
 
     @torch.no_grad()
     def train(self) -> None:
@@ -189,12 +197,13 @@ class Optimizer(RuledGroups):
         for p, value in self._held.items():
             copy_to(p, value)
         self._held.clear()
-        self._mark_groups(evaluating=False)
+        self._mark(EVALUATING, False)
 
-    def _mark_groups(self, *, evaluating: bool) -> None:
+    def _mark(self, key: str, value: bool) -> None:
+        """Set a mark of the groups that have it."""
         for group in self.param_groups:
-            if EVALUATING in group:
-                group[EVALUATING] = evaluating
+            if key in group:
+                group[key] = value
 
     def _check_training(self) -> None:
         if self._held:

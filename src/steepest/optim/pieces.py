@@ -3,7 +3,7 @@
 Elementwise rules step a parameter of FSDP2 (a DTensor) where its shards are. For other rules, and
 for those that draw random numbers, every process gathers it and its gradient, makes the same whole
 step, and keeps its own shard of the result: the same numbers as in one process, for the memory and
-time of not sharing that work.
+time of not sharing that work. What is stepped together is gathered in one exchange.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from steepest.errors import UserError
+from steepest.optim.int8 import Int8Weight
 from steepest.optim.rule import Rule, State
 
 Sharding = tuple[Any, tuple[Any, ...]]
@@ -46,15 +47,20 @@ class Piece:
 
     @property
     def in_place(self) -> bool:
-        """Whether a step of `value` is one of the parameter: it is all of it, or all of a shard."""
+        """Whether a step of `value` is one of the parameter: it is all of it, or all of a shard.
+
+        A matrix of what is stored in int8 shares its codes.
+        """
+        if isinstance(self.param, Int8Weight):
+            return True
         return not self.cut and not (self.whole and isinstance(self.param, DTensor))
 
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of `value`, without gathering it."""
-        local = self.param.to_local() if isinstance(self.param, DTensor) else self.param
-        shape = self.param.shape if self.whole else local.shape
-        return self._cut(torch.empty(shape, device="meta")).shape
+    def outline(self) -> Tensor:
+        """Return a tensor of the shape, strides and dtype of `value`, without gathering it."""
+        if self.whole and isinstance(self.param, DTensor):
+            shape, dtype = self.param.shape, self.param.dtype
+            return self.cut_of(torch.empty(shape, dtype=dtype, device="meta"))
+        return self.value()
 
     @property
     def sharding(self) -> Sharding | None:
@@ -63,12 +69,7 @@ class Piece:
 
     def value(self) -> Tensor:
         """Return the piece's values: a view, or a copy where they had to be gathered."""
-        return self._of(self.param)
-
-    def grad(self) -> Tensor:
-        """Return the piece's gradient, a view or a copy as `value`."""
-        assert self.param.grad is not None
-        return self._of(self.param.grad)
+        return values_of([self])[0]
 
     def write(self, new: Tensor) -> None:
         """Store new values of the piece in the parameter."""
@@ -81,20 +82,22 @@ class Piece:
 
     def _put(self, tensor: Tensor, new: Tensor) -> None:
         if not (self.whole and isinstance(tensor, DTensor)):
-            self._of(tensor).copy_(new)
+            self.cut_of(unsharded(tensor)).copy_(new)
             return
-        if self.cut:  # The rest of the parameter stays as it is.
-            everything = tensor.full_tensor()
-            self._cut(everything).copy_(new)
-            new = everything
-        tensor.to_local().copy_(sharded(new, tensor).to_local())
+        local = tensor.to_local()
+        if not self.cut:
+            local.copy_(sharded(new, tensor).to_local())
+            return
+        # The rest of the parameter stays as it is.
+        everything = local.new_zeros(tensor.shape)
+        written = torch.zeros_like(everything, dtype=torch.bool)
+        self.cut_of(everything).copy_(new)
+        self.cut_of(written).fill_(True)
+        mine, mask = (sharded(t, tensor).to_local() for t in (everything, written))
+        local.copy_(torch.where(mask, mine, local))
 
-    def _of(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor() if self.whole else tensor.to_local()
-        return self._cut(tensor)
-
-    def _cut(self, tensor: Tensor) -> Tensor:
+    def cut_of(self, tensor: Tensor) -> Tensor:
+        """Return a view of the piece in a tensor laid out as the parameter, or as its shard."""
         if self.member is not None:
             tensor = tensor[self.member]
         if self.transposed:
@@ -133,6 +136,39 @@ def _cut(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> list[Piece]:
         Piece(p, rows=(start, size), transposed=turned, suffix=f".{index}")
         for index, (start, size) in enumerate(zip(starts, split, strict=True))
     ]
+
+
+def values_of(pieces: Sequence[Piece]) -> list[Tensor]:
+    """Return the values of each piece: a view, or a copy where they had to be gathered."""
+    return _seen(pieces, [piece.param for piece in pieces])
+
+
+def grads_of(pieces: Sequence[Piece]) -> list[Tensor]:
+    """Return the gradient of each piece, a view or a copy as its values."""
+    grads = [piece.param.grad for piece in pieces]
+    return _seen(pieces, [grad for grad in grads if grad is not None])
+
+
+def _seen(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> list[Tensor]:
+    pairs = list(zip(pieces, tensors, strict=True))
+    whole = _gathered([t for piece, t in pairs if piece.whole and isinstance(t, DTensor)])
+    return [piece.cut_of(whole.get(t, unsharded(t))) for piece, t in pairs]
+
+
+def _gathered(tensors: Iterable[DTensor]) -> dict[Tensor, Tensor]:
+    """Return the whole of each sharded tensor; those that are alike are one exchange."""
+    alike: dict[Any, list[DTensor]] = {}
+    for tensor in dict.fromkeys(tensors):
+        like = (tensor.shape, tensor.dtype, tensor.device_mesh, tensor.placements)
+        alike.setdefault(like, []).append(tensor)
+    found: dict[Tensor, Tensor] = {}
+    for (_, _, _, placements), same in alike.items():
+        if len(same) > 1 and all(type(p) in (Shard, Replicate) for p in placements):
+            stacked: Any = torch.stack(tuple(same))
+            found |= zip(same, stacked.full_tensor().unbind(0), strict=True)
+        else:
+            found |= {tensor: tensor.full_tensor() for tensor in same}
+    return found
 
 
 def shown(piece: Piece, state: State) -> State:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from torch import nn
 
 from steepest.errors import UserError, unknown
+from steepest.optim.layout import layout
+from steepest.optim.structure import Place, Structure
 
-HEAD_NAMES = frozenset({"lm_head", "head", "output", "unembed", "unembedding", "embed_out"})
-FUSED_NAMES = frozenset({"c_attn", "qkv", "qkv_proj", "wqkv", "to_qkv"})
-"""Layers that hold query, key and value one after the other."""
-INTERLEAVED_NAMES = frozenset({"query_key_value"})
-"""Layers that mix them in an order that differs between models."""
-QUERY_KEY_NAMES = frozenset({"q_proj", "k_proj", "wq", "wk", "query", "key", "to_q", "to_k"})
-
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-"""Attributes that give the number of attention heads."""
+EMBEDDING_KINDS = re.compile(r"emb|position")
+"""Names, in lower case, of modules that hold tables."""
+EMBEDDING_NAMES = re.compile(r"emb|(^|_)pos")
+"""Names, in lower case, of parameters that are tables."""
 
 
 class Role(StrEnum):
@@ -61,36 +58,38 @@ def roles(
 ) -> dict[str, NamedRole]:
     """Return the role of every parameter that requires a gradient, by name, with the reason.
 
-    The type of the module that owns a parameter decides: `nn.Embedding` is an embedding; anything
-    of fewer than two dimensions, and a stack of biases, is a vector; the head is the matrix that
-    `model.get_output_embeddings()` returns, or, where the model does not say, of one called like an
-    output layer (`lm_head`, `head`, `output`, ...) that is not part of a numbered layer; every
-    other matrix is hidden. A parameter shared by an embedding and a head counts once, as an
-    embedding. Fused query-key-value matrices, matrices stored [in, out] and stacks of experts are
-    recognised; where something is unclear, `doubt` says what.
+    The first that holds decides:
 
-    `override` gives the roles of parameters by name or pattern (`{"*.router.weight": "vector"}`).
-    Raises UserError for a pattern that matches no parameter, or an unknown role.
+    1. Vectors: fewer than two dimensions, or sides longer than 1; biases, also stacks of them;
+       gains of norms; depthwise convolution kernels, which are a filter for each channel and mix
+       none (AdamW steps them where Muon is used with linear attention); A_log of a state space
+       model.
+    2. Embeddings: `nn.Embedding`, and what `get_input_embeddings()` of the model or of a part of it
+       returns: tables of tokens, positions and token types, and a model's own patch embedding. A
+       parameter that an embedding and a head share counts once, as an embedding.
+    3. Heads: what `get_output_embeddings()` returns; matrices outside of the numbered layers with
+       as many rows as the vocabulary, which tables and `config.vocab_size` give; a last matrix with
+       `num_labels` or `num_classes` rows.
+    4. Hidden: every other matrix, convolution kernels, and the router of a mixture of experts, as
+       in the runs of Semenov et al. (2025, arXiv:2509.01440); `{"*.router.weight": "vector"}` gives
+       it to AdamW. Fused query-key-value matrices, matrices stored [in, out] and stacks of experts
+       are recognised.
+
+    Where a name alone speaks, or the structure against it, `doubt` says so, and `create` warns.
+
+    `override` gives the roles of parameters by name or pattern. Raises UserError for a pattern that
+    matches no parameter, or an unknown role.
     """
+    structure = Structure.of(model)
     found: dict[int, tuple[str, NamedRole]] = {}
-    # The largest table is the vocabulary's: as many rows as there are positions mean nothing.
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    vocabulary = max(tables, default=0)
-    output = _output(model)
-    for path, module, parent in _modules(model):
-        for name, parameter in module.named_parameters(recurse=False):
-            role = _role(_Place(path, name, module, parent, parameter), output)
-            sizes = parameter.shape[::-1] if role.transposed else parameter.shape
-            if role.role is Role.HIDDEN and parameter.ndim == 2 and sizes[0] == vocabulary:
-                role = dataclasses.replace(
-                    role, doubt="it has as many rows as an embedding, like an output layer"
-                )
-            known = found.get(id(parameter))
-            if known is None:
-                found[id(parameter)] = (f"{path}.{name}" if path else name, role)
-            elif Role.EMBEDDING in (role.role, known[1].role):
-                tied = NamedRole(Role.EMBEDDING, f"shared by {known[0]} and {path}")
-                found[id(parameter)] = (known[0], tied)
+    for place in structure.places:
+        key, role = id(place.parameter), _role(place, structure)
+        name, known = found.get(key, (place.full_name, role))
+        if key in found and (role.role is not known.role or role.role is Role.EMBEDDING):
+            either = {role.role, known.role}
+            shared = Role.EMBEDDING if Role.EMBEDDING in either else Role.HEAD
+            known = NamedRole(shared, f"shared by {name} and {place.path}")
+        found[key] = (name, known)
     wanted = {id(p) for p in model.parameters() if p.requires_grad}
     named = {name: role for key, (name, role) in found.items() if key in wanted}
     return _overridden(named, override or {})
@@ -121,42 +120,20 @@ def as_role(name: Role | str) -> Role:
         raise unknown("role", str(name), [role.value for role in Role]) from None
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """Yield every module with its path and the module that holds it."""
-    seen = dict(model.named_modules())
-    for path, module in seen.items():
-        yield path, module, seen.get(path.rpartition(".")[0]) if path else None
+def _role(place: Place, structure: Structure) -> NamedRole:
+    found = _vector(place) or _embedding(place, structure)
+    if found is not None:
+        return found
+    output = structure.output(place)
+    if output.found:
+        return NamedRole(Role.HEAD, output.reason, transposed=place.transposed, doubt=output.doubt)
+    hidden = NamedRole(Role.HIDDEN, **vars(layout(place)))
+    if hidden.doubt or hidden.heads is not None:  # Queries and keys are no output layer's.
+        return hidden
+    return dataclasses.replace(hidden, doubt=output.doubt or _first_doubt(place, structure))
 
 
-def _output(model: nn.Module) -> nn.Module | None:
-    """Return the module that the model, or one it wraps, calls its output layer."""
-    for module in model.modules():
-        ask = getattr(module, "get_output_embeddings", None)
-        if callable(ask) and isinstance(found := ask(), nn.Module):
-            return found
-    return None
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter is."""
-
-    path: str
-    name: str
-    module: nn.Module
-    parent: nn.Module | None
-    parameter: nn.Parameter
-
-    @property
-    def kind(self) -> str:
-        return type(self.module).__name__
-
-    @property
-    def leaf(self) -> str:
-        return self.path.rpartition(".")[2]
-
-
-def _vector(place: _Place) -> NamedRole | None:
+def _vector(place: Place) -> NamedRole | None:
     """Return the role of what is no matrix, None for what may be one."""
     shape = place.parameter.shape
     if len(shape) < 2:
@@ -167,91 +144,54 @@ def _vector(place: _Place) -> NamedRole | None:
         return NamedRole(Role.VECTOR, "one side longer than 1")
     if place.name == "bias" or place.name.endswith("_bias"):
         return NamedRole(Role.VECTOR, f"biases of a {place.kind}")
-    return None
+    skip = getattr(place.module, "D", None)
+    if place.name == "A_log" and isinstance(skip, nn.Parameter) and skip.shape == shape[:-1]:
+        return NamedRole(Role.VECTOR, "decays of each channel of a state space model")
+    return _gains(place) or _depthwise(place)
 
 
-def _role(place: _Place, output: nn.Module | None) -> NamedRole:
-    if (vector := _vector(place)) is not None:
-        return vector
-    if isinstance(place.module, (nn.Embedding, nn.EmbeddingBag)):
+def _gains(place: Place) -> NamedRole | None:
+    if not place.kind.lower().endswith(("norm", "normgated")):
+        return None
+    known = isinstance(place.module, (nn.LayerNorm, nn.RMSNorm))
+    doubt = "" if known else "only the name of its module tells that it holds gains"
+    return NamedRole(Role.VECTOR, f"gains of a {place.kind}", doubt=doubt)
+
+
+def _depthwise(place: Place) -> NamedRole | None:
+    """Return the role of a filter for each channel, None for other kernels."""
+    shape, module = place.parameter.shape, place.module
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    if len(shape) < 3 or shape[0] == 1 or shape[1] != 1 or (convolution and module.groups == 1):
+        return None
+    named = "conv" in f"{place.kind} {place.leaf} {place.name}".lower()
+    doubt = "" if named else "nothing but its shape tells that it holds a filter for each channel"
+    return NamedRole(Role.VECTOR, f"a filter for each of {shape[0]} channels", doubt=doubt)
+
+
+def _embedding(place: Place, structure: Structure) -> NamedRole | None:
+    if place.is_table:
         return NamedRole(Role.EMBEDDING, f"weight of a {place.kind}")
-    if place.module is output:
-        return NamedRole(Role.HEAD, "the model's output embeddings")
-    numbered = any(map(str.isdigit, place.path.split(".")))
-    if output is None and place.leaf in HEAD_NAMES and not numbered:
-        return NamedRole(Role.HEAD, f"{place.kind} named {place.path!r}")
-    return _hidden(place)
+    if id(place.parameter) in structure.inputs:
+        return NamedRole(Role.EMBEDDING, "the model's input embeddings")
+    layer = isinstance(place.module, (nn.Linear, nn.modules.conv._ConvNd)) and place.is_weight
+    kind = EMBEDDING_KINDS.search(place.kind.lower()) is not None
+    if layer or not (kind or EMBEDDING_NAMES.search(place.name.lower())):
+        return None
+    sized = kind and place.parameter.shape[0] in structure.vocabulary
+    doubt = "" if sized else "only its name tells that it is an embedding"
+    return NamedRole(Role.EMBEDDING, f"{place.name} of a {place.kind}", doubt=doubt)
 
 
-def _hidden(place: _Place) -> NamedRole:
-    """Return the role of a matrix between layers, and how it lies in its tensor."""
-    p, module = place.parameter, place.module
-    hidden = NamedRole(Role.HIDDEN, f"matrix of a {place.kind}")
-    sound = f"{place.kind} {place.name}".lower()
-    if "emb" in sound or "pos" in place.name.lower():
-        return dataclasses.replace(hidden, doubt="its name sounds like an embedding's")
-    if p.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-        # transformers marks experts that are stored [count, in, out].
-        turned = getattr(module, "is_transposed", False) is True
-        reason = f"{p.shape[0]} matrices of a {place.kind}"
-        return NamedRole(Role.HIDDEN, reason, bank=True, transposed=turned)
-    if p.ndim == 2 and not place.name.endswith("weight"):
-        return dataclasses.replace(hidden, doubt="it is no layer's weight, so it may be no matrix")
-    # By name, as transformers may be missing; FSDP2 makes sub-classes of what it shards.
-    if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
-        hidden = dataclasses.replace(hidden, transposed=True)
-    rows, columns = (p.shape[1], p.shape[0]) if hidden.transposed else p.shape[:2]
-    if isinstance(module, nn.MultiheadAttention) and place.name == "in_proj_weight":
-        hidden = _fused(hidden, (rows // 3,) * 3, module.num_heads)
-    elif place.leaf.lower() in FUSED_NAMES:
-        hidden = _named_fused(hidden, place.path, rows, columns, place.parent)
-    elif place.leaf in INTERLEAVED_NAMES:
-        doubt = "how it mixes query, key and value is unknown, so it stays one matrix"
-        hidden = dataclasses.replace(hidden, doubt=doubt)
-    elif place.leaf in QUERY_KEY_NAMES:
-        hidden = dataclasses.replace(hidden, heads=_heads(place.leaf, rows, place.parent) or 0)
-    return hidden
-
-
-def _named_fused(
-    hidden: NamedRole, path: str, rows: int, columns: int, parent: nn.Module | None
-) -> NamedRole:
-    size = _attribute(parent, "head_dim", "head_size")
-    heads = _attribute(parent, *HEAD_COUNTS)
-    if rows == 3 * columns:
-        return _fused(hidden, (columns,) * 3, heads)
-    if heads and size and (rows - heads * size) % 2 == 0 and rows > heads * size:
-        rest = (rows - heads * size) // 2
-        return _fused(hidden, (heads * size, rest, rest), heads)
-    return dataclasses.replace(
-        hidden,
-        heads=0,
-        doubt=f"{path} sounds like query, key and value in one, but their sizes are unknown, so it "
-        "stays one matrix",
-    )
-
-
-def _fused(hidden: NamedRole, split: tuple[int, ...], heads: int | None) -> NamedRole:
-    reason = f"{hidden.reason}: query, key and value, {', '.join(map(str, split))} rows"
-    return dataclasses.replace(hidden, split=split, heads=heads or 0, reason=reason)
-
-
-def _heads(leaf: str, rows: int, parent: nn.Module | None) -> int | None:
-    """Return the number of heads in the rows of a query or key matrix, if the module tells."""
-    if (size := _attribute(parent, "head_dim", "head_size", "attention_head_size")) is not None:
-        return rows // size if rows % size == 0 else None
-    key = "k" in leaf
-    names = ("num_key_value_heads", "num_kv_heads") if key else ()
-    return _attribute(parent, *names, *HEAD_COUNTS)
-
-
-def _attribute(module: nn.Module | None, *names: str) -> int | None:
-    sources: list[Any] = [module, getattr(module, "config", None)]
-    for source in sources:
-        for name in names:
-            if isinstance(value := getattr(source, name, None), int) and value > 0:
-                return value
-    return None
+def _first_doubt(place: Place, structure: Structure) -> str:
+    """Return what speaks for a convolution's being the embedding of the input."""
+    module = place.module
+    if not isinstance(module, nn.modules.conv._ConvNd) or place.in_block:
+        return ""
+    if structure.is_first(place):
+        return "it is the first layer, so it may embed the input"
+    patches = module.kernel_size == module.stride and any(side > 1 for side in module.stride)
+    return "it takes patches, so it may embed the input" if patches else ""
 
 
 def check_split(split: object) -> None:

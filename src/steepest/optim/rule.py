@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from steepest.errors import UserError
 from steepest.optim.live import Hyper
 
 State = dict[str, Tensor]
@@ -64,12 +63,10 @@ class Rule:
     """Each element is updated from its own gradient and state alone, so shape does not matter."""
 
     whole: ClassVar[bool] = False
-    """Though elementwise, its state is laid out by whole tensors, which are neither joined nor
-    sharded."""
+    """Its state is laid out by whole tensors, which are neither joined nor sharded."""
 
     reads_param: ClassVar[bool] = True
-    """`update` reads the parameter's values. Where False it gets NaN in the parameter's shape, and
-    the engine saves a copy of the parameters."""
+    """`update` reads the parameter's values. Where False it gets NaN, and no copy is made."""
 
     least_ndim: ClassVar[int] = 0
     """Fewest dimensions that the rule can step."""
@@ -81,6 +78,9 @@ class Rule:
     """The rule uses random numbers: its state holds "key" and `h` the `step`, from which
     `steepest.optim.random.fold(state["key"], h.step)` makes the key of a step."""
 
+    rounds_to_int8: ClassVar[bool] = False
+    """`move` of an `Int8Weight` returns one (see `steepest.int8_weights`). Wrappers do not."""
+
     averages: ClassVar[bool] = False
     """Evaluation uses other weights than training: those that `average` returns."""
 
@@ -88,9 +88,13 @@ class Rule:
     """Float hyperparameters that are static although they are floats: read them from `self`. For
     what decides at which steps work is done."""
 
+    total_steps: ClassVar[frozenset[str]] = frozenset()
+    """Hyperparameters that are to be as long as the training, which the rule cannot know: None by
+    default, and the total number of steps where a training loop fills them in."""
+
     keeps_gradient: ClassVar[bool] = False
     """The gradient's buffer is the state: `update` returns what stays in it as "grad", to which new
-    gradients are added, and `zero_grad` leaves it alone."""
+    gradients are added."""
 
     def init(self, param: Tensor) -> State:
         """Return the state of a parameter that has not been stepped."""
@@ -150,6 +154,10 @@ class Rule:
         """Say whether `prepare` is due before this step (from 1) of a parameter."""
         return False
 
+    def due(self, state: State, h: Hyper) -> Tensor:
+        """Say, as bool `[]`, whether a `prepare` is due for this parameter, if not for all."""
+        raise NotImplementedError
+
     def prepare(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
         """Return the state entries renewed before `update`, with the gradient it will see.
 
@@ -191,13 +199,17 @@ class Rule:
         """Return the new shared values, 0-d, from what was measured; `h` holds the old ones."""
         raise NotImplementedError
 
-    def wants(self, step: int) -> Extra | None:
-        """Return the extra gradient that `observe` must be given before this step (from 1).
+    def extra(self) -> Extra | None:
+        """Return the extra gradient that `observe` is given before some steps, if there is one.
 
         A rule that wants "previous_weights" keeps the weights before its last step in the state as
         "previous_param".
         """
         return None
+
+    def wants(self, step: int) -> bool:
+        """Say whether `observe` must be given the extra gradient before this step (from 1)."""
+        return True
 
     def observe(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
         """Return the state entries renewed by the extra gradient.
@@ -223,173 +235,3 @@ class Rule:
     def replace(self, **values: Any) -> Self:
         """Return the rule with some hyperparameters changed."""
         return dataclasses.replace(self, **values)
-
-
-@dataclass(frozen=True)
-class Wrapper(Rule):
-    """A rule around another: it sees the inner rule's direction before lr and decay.
-
-    Its hyperparameters and state are its own plus those of the inner rule, in one namespace: an own
-    hyperparameter whose name the inner rule has is called <prefix>_<name>, and `own` finds the live
-    value of either. It is what the inner rule is, and its own class variables add to that, but it
-    is elementwise only if both are. What it does not override, it does as the inner rule.
-    """
-
-    lr: float = dataclasses.field(init=False, repr=False, default=0.0)
-    weight_decay: float = dataclasses.field(init=False, repr=False, default=0.0)
-    inner: Rule = dataclasses.field(kw_only=True)
-
-    prefix: ClassVar[str] = ""
-    stores: ClassVar[bool] = False
-    """It decides how the parameter is stored, so that nothing goes around it."""
-
-    everywhere: ClassVar[bool] = False
-    """`create` puts it around the rules of all roles, not around the method's own alone."""
-
-    reads_param: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Take over what the inner rule is. Raises UserError where it can't go around it."""
-        own, inner = type(self), self.inner
-        around: Rule = inner
-        while isinstance(around, Wrapper):
-            if around.stores:
-                raise UserError(f"{around.prefix} decides what is stored; name it last, and alone.")
-            if type(around) is own:
-                raise UserError(f"{self.prefix or own.__name__} is around the rule already.")
-            around = around.inner
-        traits = {
-            "elementwise": own.elementwise and inner.elementwise,
-            "reads_param": own.reads_param or inner.reads_param,
-            "draws": own.draws or inner.draws,
-            "averages": own.averages or inner.averages,
-            "splits": own.splits or inner.splits,
-            "whole": own.whole or inner.whole,
-            "keeps_gradient": own.keeps_gradient or inner.keeps_gradient,
-            "least_ndim": max(own.least_ndim, inner.least_ndim),
-            "fixed": own.fixed | inner.fixed,
-        }
-        for name, value in traits.items():
-            object.__setattr__(self, name, value)
-
-    def init(self, param: Tensor) -> State:
-        """Do as the inner rule."""
-        return self.inner.init(param)
-
-    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
-        """Do as the inner rule."""
-        return self.inner.update(grad, param, state, h)
-
-    def scalars(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
-        """Do as the inner rule."""
-        return self.inner.scalars(step, values)
-
-    def apply(self, param: Tensor, direction: Tensor, h: Hyper) -> Tensor:
-        """Do as the inner rule."""
-        return self.inner.apply(param, direction, h)
-
-    def move(
-        self, param: Tensor, direction: Tensor, state: State, h: Hyper
-    ) -> tuple[Tensor, State]:
-        """Do as the inner rule."""
-        return self.inner.move(param, direction, state, h)
-
-    def starts(self) -> bool:
-        """Do as the inner rule."""
-        return self.inner.starts()
-
-    def start(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
-        """Do as the inner rule."""
-        return self.inner.start(grad, param, state, h)
-
-    def prepares(self, step: int) -> bool:
-        """Do as the inner rule."""
-        return self.inner.prepares(step)
-
-    def prepare(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
-        """Do as the inner rule."""
-        return self.inner.prepare(grad, param, state, h)
-
-    def refreshes(self, step: int) -> bool:
-        """Do as the inner rule."""
-        return self.inner.refreshes(step)
-
-    def refresh(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
-        """Do as the inner rule."""
-        return self.inner.refresh(grad, param, state, h)
-
-    def shared(self) -> dict[str, float]:
-        """Do as the inner rule."""
-        return self.inner.shared()
-
-    def measures(self, step: int) -> bool:
-        """Do as the inner rule."""
-        return self.inner.measures(step)
-
-    def measure(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> dict[str, Tensor]:
-        """Do as the inner rule."""
-        return self.inner.measure(grad, param, state, h)
-
-    def combine(self, sums: Mapping[str, Tensor], h: Hyper) -> dict[str, Tensor]:
-        """Do as the inner rule."""
-        return self.inner.combine(sums, h)
-
-    def memory(self) -> dict[str, float]:
-        """Do as the inner rule."""
-        return self.inner.memory()
-
-    def remember(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
-        """Do as the inner rule."""
-        return self.inner.remember(step, values)
-
-    def wants(self, step: int) -> Extra | None:
-        """Do as the inner rule."""
-        return self.inner.wants(step)
-
-    def observe(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
-        """Do as the inner rule."""
-        return self.inner.observe(grad, param, state, h)
-
-    def average(self, param: Tensor, state: State, h: Hyper) -> Tensor:
-        """Do as the inner rule."""
-        return self.inner.average(param, state, h)
-
-    def own(self, h: Hyper, name: str) -> Any:
-        """Return the live value of a hyperparameter of the wrapper's own."""
-        return getattr(h, next(shown for shown, field in self._own().items() if field == name))
-
-    def _own(self) -> dict[str, str]:
-        """Return the wrapper's own fields by the names of their hyperparameters."""
-        theirs = self.inner.hyperparameters()
-        found = {}
-        for field in dataclasses.fields(self):
-            if field.name not in ("lr", "weight_decay", "inner"):
-                name = field.name
-                while name in theirs:
-                    name = f"{self.prefix}_{name}"
-                found[name] = field.name
-        return found
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """Return the inner rule's hyperparameters, then the wrapper's own."""
-        own = {name: getattr(self, field) for name, field in self._own().items()}
-        return self.inner.hyperparameters() | own
-
-    def choices(self, name: str) -> tuple[str, ...]:
-        """Return what its own or its inner rule's field may be."""
-        own = self._own()
-        return super().choices(own[name]) if name in own else self.inner.choices(name)
-
-    def replace(self, **values: Any) -> Self:
-        """Return the wrapper with its own and its inner rule's hyperparameters changed."""
-        own = {field: values.pop(name) for name, field in self._own().items() if name in values}
-        return dataclasses.replace(self, inner=self.inner.replace(**values), **own)
-
-
-def overrides(rule: Rule, method: str) -> bool:
-    """Say whether a rule, or one that it wraps, does its own work under this name."""
-    while isinstance(rule, Wrapper):
-        if getattr(type(rule), method) is not getattr(Wrapper, method):
-            return True
-        rule = rule.inner
-    return getattr(type(rule), method) is not getattr(Rule, method)

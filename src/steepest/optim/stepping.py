@@ -15,14 +15,19 @@ from torch._dynamo import exc as dynamo
 
 from steepest import compiler
 from steepest.optim.buckets import Bucket, Inputs, Joined, Separate
-from steepest.optim.live import Hyper, Layout, is_live
+from steepest.optim.live import Hyper, Layout
 from steepest.optim.rule import Rule, State, compute_dtype
+from steepest.optim.wrapper import overrides
 
 BLOCK = 1 << 18
 """Elements that an elementwise rule steps at a time when run eagerly on a CPU, so that the
 temporaries of its dozen operations stay in the cache."""
 
 COMPILE_ERRORS = (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit)
+
+OPTIONS: tuple[dict[str, Any] | None, ...] = (None, {"realize_reads_threshold": 1})
+"""Of inductor, in the order in which they are tried: torch 2.13's default fails on mars_adamw
+(https://github.com/pytorch/pytorch/issues/196570), and fusing less does not."""
 
 Phase = Literal["update", "start", "prepare", "refresh", "observe", "measure", "average"]
 
@@ -38,11 +43,6 @@ GRAD = "grad"
 Kernel = Callable[[Inputs, Tensor], dict[str, Tensor] | None]
 """In place, from gathered inputs and packed live values: new states and new targets. The phase
 "measure" changes nothing and returns sums over the bucket."""
-
-
-def values_of(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the live hyperparameters of a parameter group by name."""
-    return {name: group[name] for name, v in rule.hyperparameters().items() if is_live(v)}
 
 
 def remembered(
@@ -160,7 +160,30 @@ def _eager(
 
     if phase == "measure":
         return measure
+    if phase == "prepare" and overrides(rule, "due"):
+        return _of_the_due(rule, layout, runs, together)
     return each if rule.elementwise else together
+
+
+def _of_the_due(rule: Rule, layout: Layout, runs: int | None, prepare: Kernel) -> Kernel:
+    """Return a kernel that prepares those of a stack that are due, which the host waits to know."""
+
+    def due(state: State, values: Tensor) -> Tensor:
+        return rule.due(state, layout.unpack(values))
+
+    one = due if runs is None else torch.vmap(due, in_dims=(0, 1))
+
+    def run(inputs: Inputs, v: Tensor) -> None:
+        (grads,), (seen,), (state,), targets = inputs
+        found = torch.vmap(one, in_dims=(0, None))(state, v)
+        if chosen := found.view(len(found), -1).any(1).nonzero().flatten().tolist():
+            part = {name: value[chosen] for name, value in state.items()}
+            some = [targets[i] for i in chosen]
+            prepare(Inputs([grads[chosen]], [seen[chosen]], [part], some), v)
+            for name, value in part.items():
+                state[name][chosen] = value
+
+    return run
 
 
 def merged(parts: Sequence[Tensor], runs: int | None) -> Tensor:
@@ -184,7 +207,7 @@ def _phase(
     grad = grad.to(param.dtype)
     if phase == "update":
         direction, changed = rule.update(grad, param, state, h)
-        return {**changed, DIRECTION: direction}
+        return _apart({**changed, DIRECTION: direction}, grad, state)
     if phase == "average":
         return {PARAM: rule.average(param, state, h)}
     if phase == "measure":
@@ -195,7 +218,20 @@ def _phase(
         "refresh": rule.refresh,
         "observe": rule.observe,
     }
-    return work[phase](grad, param, state, h)
+    return _apart(work[phase](grad, param, state, h), grad, state)
+
+
+def _apart(new: State, grad: Tensor, state: State) -> State:
+    """Return what a phase gives, copied where it is what the phase gave under another name anew.
+
+    For a direction that is the old momentum, or the gradient where that is state.
+    """
+    written = [state[name] for name, value in new.items() if state.get(name, value) is not value]
+    written += [grad] if GRAD in new else []
+    return {
+        name: value.clone() if any(value is one for one in written) else value
+        for name, value in new.items()
+    }
 
 
 def _store(state: State, new: State) -> None:
@@ -231,24 +267,30 @@ def _compiled(
     name = f"{type(rule).__name__.lower()}_{next(_serial)}"
     code = eager.__code__.replace(co_name=name)
     own = types.FunctionType(code, eager.__globals__, name, None, eager.__closure__)
-    return _or_eager(torch.compile(own, fullgraph=True, dynamic=False), eager)
+    ways: list[Kernel] = [
+        torch.compile(own, fullgraph=True, dynamic=False, options=options) for options in OPTIONS
+    ]
+    return _or_eager(ways, eager)
 
 
-def _or_eager(fast: Kernel, eager: Kernel) -> Kernel:
-    """Return a kernel that runs eagerly from the first call on where compiling fails."""
-    chosen = fast
+def _or_eager(ways: list[Kernel], eager: Kernel) -> Kernel:
+    """Return a kernel that takes the first way that compiles, from its first call on, or none."""
+    left = iter([*ways[1:], eager])
+    chosen = ways[0]
 
     def run(inputs: Inputs, values: Tensor) -> dict[str, Tensor] | None:
         nonlocal chosen
-        try:
-            return chosen(inputs, values)
-        except COMPILE_ERRORS as error:
-            cause = str(error).strip().splitlines()[0]
-            _warn_once(
-                f"Compiling failed, so optimizers run eagerly: same results, slower ({cause})."
-            )
-            chosen = eager
-            return eager(inputs, values)
+        while True:
+            try:
+                return chosen(inputs, values)
+            except COMPILE_ERRORS as error:
+                chosen = next(left)
+                if chosen is eager:
+                    cause = str(error).strip().splitlines()[0]
+                    _warn_once(
+                        "Compiling failed, so optimizers run eagerly: same results, slower "
+                        f"({cause})."
+                    )
 
     return run
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steepest.optim import buckets, stepping
+from steepest.optim import stepping
 from steepest.optim.buckets import Bucket, Inputs
 from steepest.optim.live import Layout
 from steepest.optim.pieces import Sharding, added_up
-from steepest.optim.rule import overrides
 from steepest.optim.stepping import Phase
+from steepest.optim.wrapper import overrides
 
 if TYPE_CHECKING:
     from steepest.optim.plan import Plan
@@ -25,32 +25,21 @@ class Turn:
     """Pieces of one bucket that take the same step."""
 
     plan: Plan
-    bucket: Bucket
     part: Bucket
-    """The pieces that take it: the whole bucket, or copies of some."""
-    indices: list[int]
+    """The pieces: a bucket of the plan, or part of one."""
     step: int
     memory: dict[str, Any]
     inputs: Inputs | None = None
     """What the step reads, once gathered."""
 
-    @classmethod
-    def of(
-        cls, plan: Plan, bucket: Bucket, indices: list[int], step: int, memory: dict[str, Any]
-    ) -> Turn:
-        """Return the turn of these pieces of a bucket."""
-        whole = len(indices) == len(bucket.pieces)
-        return cls(plan, bucket, bucket if whole else bucket.some(indices), indices, step, memory)
-
     @property
     def device(self) -> torch.device:
         """Where the pieces are."""
-        return self.bucket.pieces[0].param.device
+        return self.part.pieces[0].param.device
 
     def values(self) -> dict[str, Any]:
         """Return hyperparameters, memory and scalars of this step by name."""
-        plan = self.plan
-        return stepping.with_scalars(plan.rule, plan.values(), self.step, self.memory, plan.runs)
+        return self.plan.values_at(self.step, self.memory)
 
     @property
     def measuring(self) -> bool:
@@ -69,14 +58,15 @@ class Turn:
         """Run a phase on the gathered inputs. `values` are live values, laid out as the plan's."""
         if self.inputs is None:
             self.inputs = self.part.gather(params=self.plan.rule.reads_param)
-        plan, whole = self.plan, self.part is self.bucket
+        plan = self.plan
+        own = self.part.source is None  # Copies are of any number of pieces.
         kernel = stepping.kernel(
             plan.shared_rule,
             layout or plan.layout,
             plan.runs,
             self.part,
             phase=phase,
-            compile=plan.compiled and whole and phase in self._every_step(),
+            compile=plan.compiled and own and phase in self._every_step(),
         )
         return kernel(self.inputs, values)
 
@@ -95,8 +85,7 @@ class Turn:
 
     def keep_state(self) -> None:
         """Bring back the state alone."""
-        if self.part is not self.bucket:
-            buckets.copy_state(self.part, self.bucket, self.indices)
+        self.part.give_back()
         self.inputs = None
 
 
@@ -129,7 +118,7 @@ def combine(turns: Sequence[Turn], values: Values) -> dict[str, Tensor]:
     for turn in turns:
         part = turn.run("measure", values.of(turn))
         assert part is not None
-        sharding = turn.bucket.pieces[0].sharding
+        sharding = turn.part.pieces[0].sharding
         for name, value in part.items():
             if not stepping.is_sum(value, turn.plan.runs):
                 pooled.setdefault(name, []).append(value.to(first.device))

@@ -84,7 +84,8 @@ def _section(d: catalogue.Description) -> str:
 def _wrapper(d: catalogue.WrapperDescription) -> str:
     text = f"### {d.name}\n\n```\n{d.formula}\n```\n\n"
     text += "Goes around the rules of all roles.\n\n" if d.everywhere else ""
-    return text + (_hyperparameters(d.hyperparameters) if d.hyperparameters else "")
+    text += _hyperparameters(d.hyperparameters) if d.hyperparameters else ""
+    return text.rstrip() + "\n"
 
 
 def _hyperparameters(of: Mapping[str, tuple[object, str]]) -> str:

@@ -86,6 +86,11 @@ CASES = [
     Case("q_galore", {"rank": 4}, "rank 4"),
     Case(
         "q_galore",
+        {"rank": 3, "update_interval": 2, "cos_threshold": 0.7, "queue_size": 3},
+        "rarer refreshes",
+    ),
+    Case(
+        "q_galore",
         {**OPTIONS, "rank": 8, "projection_bits": 6, "group_size": 50, "block_size": 100},
         "50",
         shapes=LARGE,

@@ -122,16 +122,16 @@ class ADOPT(Reference):
 
     def setup(self, betas: tuple[float, float] = (0.9, 0.9999), eps: float = 1e-6) -> None:
         self.betas, self.eps = betas, eps
-        self.m, self.v = np.zeros_like(self.x), np.zeros_like(self.x)
+        self.m = np.zeros_like(self.x)
 
     def direction(self, g: Array) -> Array | None:
         if self.t == 1:
             self.v = g**2
             return None
         b1, b2 = self.betas
-        limit = (self.t - 1) ** 0.25
-        normalised = np.clip(g / np.maximum(np.sqrt(self.v), self.eps), -limit, limit)
-        self.m = b1 * self.m + (1 - b1) * normalised
+        bound = (self.t - 1) ** 0.25
+        scaled = np.clip(g / np.maximum(np.sqrt(self.v), self.eps), -bound, bound)
+        self.m = b1 * self.m + (1 - b1) * scaled
         self.v = b2 * self.v + (1 - b2) * g**2
         return self.m
 
@@ -198,12 +198,11 @@ class LAMB(AdamMoments):
 
     def step(self, grad: Array, lr: float) -> None:
         self.t += 1
-        g = np.asarray(grad, dtype=np.float64)
-        correction1, correction2 = self.average(g)
-        u = self.m / correction1 / (np.sqrt(self.v / correction2) + self.eps)
-        u = u + self.weight_decay * self.x
-        size, update = float(np.linalg.norm(self.x)), float(np.linalg.norm(u))
-        ratio = size / update if g.ndim > 1 and size > 0 and update > 0 else 1.0
+        correction1, correction2 = self.average(np.asarray(grad, dtype=np.float64))
+        r = self.m / correction1 / (np.sqrt(self.v / correction2) + self.eps)
+        u = r + self.weight_decay * self.x
+        size, length = np.linalg.norm(self.x), np.linalg.norm(u)
+        ratio = size / length if self.x.ndim >= 2 and size > 0 and length > 0 else 1.0
         self.x = self.x - lr * ratio * u
 
 
@@ -283,26 +282,26 @@ class ScaledAdam(AdamMoments):
         max_rms: float = 3.0,
     ) -> None:
         super().setup(betas, eps)
-        self.scale_lr, self.min_rms, self.max_rms = scale_lr, min_rms, max_rms
+        self.eta, self.min_rms, self.max_rms = scale_lr, min_rms, max_rms
         self.n = self.w = 0.0
 
     def direction(self, g: Array) -> Array:
+        b1, b2 = self.betas
         correction1, correction2 = self.average(g)
         a = math.sqrt(correction2) / correction1
         adam = a * self.m / (np.sqrt(self.v) + self.eps)
-        if g.size == 1:
-            return self.scale_lr * adam
-        b1, b2 = self.betas
-        h = float((g * self.x).sum())
+        if self.x.size == 1:
+            return self.eta * adam
+        h = float(np.vdot(g, self.x))
         self.n = b1 * self.n + (1 - b1) * h
         self.w = b2 * self.w + (1 - b2) * h**2
-        scale = a * self.n / (math.sqrt(self.w) + self.eps)
-        rms = math.sqrt(float(np.mean(self.x**2)))
-        if rms < self.min_rms:
-            scale = 0.0
-        elif rms > self.max_rms:
-            scale = 1.0
-        return max(rms, self.min_rms) * adam + self.scale_lr * scale * self.x
+        growth = a * self.n / (math.sqrt(self.w) + self.eps)
+        r = math.sqrt(float(np.mean(self.x**2)))
+        if r < self.min_rms:
+            growth = 0.0
+        elif r > self.max_rms:
+            growth = 1.0
+        return max(r, self.min_rms) * adam + self.eta * growth * self.x
 
 
 class StableSPAM(AdamMoments):

@@ -41,9 +41,7 @@ class SGG(GroupReference):
     the n sorted values (their mid-quantiles); 10 Lloyd iterations; each assigns a value to the
     cluster numbered by how many midpoints of neighbouring centres are below it (on the midpoint:
     the lower cluster) and moves centres to means (an empty cluster's stays); then values are
-    assigned once more. An element near a midpoint may be put elsewhere in another precision:
-    `margins`, per tensor and element, is its least distance from a midpoint so far, relative
-    to the largest |m|.
+    assigned once more. An element near a midpoint may be put elsewhere in another precision.
 
     Different: the "version 2" that circulates (AdamWSGG, LambSGG) clusters |m|, and S is the
     layer's mean |m| over the cluster's (no medians, nothing global, clipped after averaging), and
@@ -68,70 +66,59 @@ class SGG(GroupReference):
         """Make a base method for every parameter."""
         self.k, self.interval, self.beta3 = n_clusters, recluster_interval, beta3
         self.bound = scale_bound
+        self.decays_itself = self.base.step is not Reference.step
         self.inner = [
-            self.base(x, weight_decay=wd, draw=self.draw, **base_hyper)
+            self.base(x, weight_decay=wd if self.decays_itself else 0.0, **base_hyper)
             for x, wd in zip(self.xs, self.weight_decays, strict=True)
         ]
-        self.layers = [i for i, x in enumerate(self.xs) if x.ndim >= 2]
-        self.scales = {i: np.ones(n_clusters) for i in self.layers}
-        self.labels = {i: np.zeros(self.xs[i].shape, dtype=int) for i in self.layers}
-        self.margins = [np.full_like(x, np.inf) for x in self.xs]
+        self.scales = [np.ones(n_clusters) for _ in self.xs]
+        self.labels = [np.zeros(x.shape, dtype=int) for x in self.xs]
 
     def step(self, grads: list[Array], lr: float) -> None:
         self.t += 1
-        decoupled = self.base.step is Reference.step
-        steps: list[Array] = []
-        for inner, grad in zip(self.inner, grads, strict=True):
-            g = np.asarray(grad, dtype=np.float64)
-            if decoupled:
-                inner.t += 1
-                steps.append(-lr * inner.direction(g))
-            else:
-                before = inner.x
-                inner.step(g, lr)
-                steps.append(inner.x - before)
-                inner.x = before
-        if self.t % self.interval == 0 and self.layers:
+        moves = []
+        for inner, x, g in zip(self.inner, self.xs, grads, strict=True):
+            inner.x = x
+            inner.step(g, lr)
+            moves.append(inner.x - x)
+        if self.t % self.interval == 0:
             self.recluster()
-        for i, (inner, change) in enumerate(zip(self.inner, steps, strict=True)):
-            scale = self.scales[i][self.labels[i]] if i in self.scales else 1.0
-            decay = lr * inner.weight_decay * inner.x if decoupled else 0.0
-            inner.x = inner.x + scale * change - decay
-        self.xs = [inner.x for inner in self.inner]
+        for i, (x, move) in enumerate(zip(self.xs, moves, strict=True)):
+            decay = 0.0 if self.decays_itself else lr * self.weight_decays[i]
+            self.xs[i] = x + self.scales[i][self.labels[i]] * move - decay * x
 
     def recluster(self) -> None:
-        momenta = {i: self.inner[i].m for i in self.layers}
-        deviations = {i: np.abs(m - m.mean()) for i, m in momenta.items()}
-        everywhere = lower_median(np.concatenate([d.ravel() for d in deviations.values()]))
-        for i, m in momenta.items():
-            flat, margin = clusters(m.ravel(), self.k)
-            self.labels[i] = flat.reshape(m.shape)
-            self.margins[i] = np.minimum(self.margins[i], margin.reshape(m.shape))
-            for c in range(self.k):
-                members = deviations[i][self.labels[i] == c]
-                if members.size:
-                    ratio = np.clip(everywhere / (lower_median(members) + 1e-8), *self.bound)
-                    self.scales[i][c] = self.beta3 * self.scales[i][c] + (1 - self.beta3) * ratio
+        layers = {i: self.inner[i].m for i, x in enumerate(self.xs) if x.ndim >= 2}
+        away = {i: np.abs(m - m.mean()) for i, m in layers.items()}
+        if not layers:
+            return
+        everywhere = lower_median(np.concatenate([d.ravel() for d in away.values()]))
+        for i, m in layers.items():
+            self.labels[i] = k_means(m.ravel(), self.k).reshape(m.shape)
+            for c in np.unique(self.labels[i]):
+                ratio = everywhere / (lower_median(away[i][self.labels[i] == c]) + 1e-8)
+                new = np.clip(ratio, *self.bound)
+                self.scales[i][c] = self.beta3 * self.scales[i][c] + (1 - self.beta3) * new
 
 
 def lower_median(values: Array) -> float:
-    return float(np.sort(values)[(len(values) - 1) // 2])
+    return float(np.quantile(values, 0.5, method="inverted_cdf"))
 
 
-def clusters(values: Array, k: int, iterations: int = 10) -> tuple[Array, Array]:
-    """Return each value's cluster, 0 to k - 1 in ascending order, and its margin."""
-    n = len(values)
-    centres = np.sort(values)[[(2 * i + 1) * n // (2 * k) for i in range(k)]]
-    for _ in range(iterations):
-        labels = np.searchsorted((centres[1:] + centres[:-1]) / 2, values, side="left")
-        for c in range(k):
-            if np.any(labels == c):
-                centres[c] = values[labels == c].mean()
-    midpoints = (centres[1:] + centres[:-1]) / 2
-    margin = np.full(n, np.inf)
-    if k > 1 and np.any(values):
-        margin = np.abs(values[:, None] - midpoints).min(axis=1) / np.abs(values).max()
-    return np.searchsorted(midpoints, values, side="left"), margin
+def k_means(values: Array, k: int) -> Array:
+    """Return each value's cluster, 0 to k - 1 in ascending order."""
+    ranked = np.sort(values)
+    centres = np.array([ranked[(2 * i + 1) * len(values) // (2 * k)] for i in range(k)])
+    for _ in range(10):
+        nearest = assigned(values, centres)
+        for c in np.unique(nearest):
+            centres[c] = values[nearest == c].mean()
+    return assigned(values, centres)
+
+
+def assigned(values: Array, centres: Array) -> Array:
+    """Return of how many pairs of neighbouring centres a value lies above the middle."""
+    return np.sum(values[:, None] > (centres[1:] + centres[:-1]) / 2, axis=1)
 
 
 class SGGAdamW(SGG):
@@ -143,12 +130,14 @@ class SGGAdamW(SGG):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        amsgrad: bool = False,
         n_clusters: int = 3,
         recluster_interval: int = 500,
         beta3: float = 0.99,
         scale_bound: tuple[float, float] = (0.1, 10.0),
     ) -> None:
-        self.begin(n_clusters, recluster_interval, beta3, scale_bound, betas=betas, eps=eps)
+        base = {"betas": betas, "eps": eps, "amsgrad": amsgrad}
+        self.begin(n_clusters, recluster_interval, beta3, scale_bound, **base)
 
 
 class SGGLAMB(SGG):

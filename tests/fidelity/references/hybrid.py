@@ -54,32 +54,31 @@ class COSMOS(Reference):
         ns_steps: int = 5,
     ) -> None:
         self.betas, self.eps, self.gamma, self.ns_steps = betas, eps, gamma, ns_steps
-        rows, columns = len(self.x), self.x[0].size
-        self.rank = min(rank, rows, columns)
-        self.m = np.zeros((rows, columns))
-        self.v = np.zeros((rows, self.rank))
-        self.u = np.zeros((columns, self.rank))
-        self.s = np.zeros((self.rank, self.rank))
+        self.shape = (len(self.x), self.x[0].size)
+        self.rank = min(rank, *self.shape)
+        self.m = np.zeros(self.shape)
+        self.v = np.zeros((self.shape[0], self.rank))
 
     def direction(self, g: Array) -> Array:
-        shape, g = g.shape, g.reshape(len(g), -1)
         b1, b2 = self.betas
-        self.m = b1 * self.m + (1 - b1) * g
-        self.follow(g)
+        g = g.reshape(self.shape)
+        self.track(g)
         u = self.u
+        self.m = b1 * self.m + (1 - b1) * g
         self.v = b2 * self.v + (1 - b2) * (g @ u) ** 2
         inside = self.m @ u
-        m_hat = inside / (1 - b1**self.t)
-        a = m_hat / (np.sqrt(self.v / (1 - b2**self.t)) + self.eps) @ u.T
-        rest = self.m - inside @ u.T
-        if np.linalg.norm(rest) <= 1e-12 * np.linalg.norm(self.m):
-            rest = np.zeros_like(rest)
-        b = newton_schulz(rest, self.ns_steps)
-        scale = np.sqrt(g.size)
-        c = a + self.gamma * scale * b / (np.linalg.norm(b) + self.eps)
-        return (scale * c / (np.linalg.norm(c) + self.eps)).reshape(shape)
+        a = inside / (1 - b1**self.t) / (np.sqrt(self.v / (1 - b2**self.t)) + self.eps) @ u.T
+        outside = self.m - inside @ u.T
+        if np.linalg.norm(outside) < 1e-12 * np.linalg.norm(self.m):
+            outside = np.zeros_like(outside)
+        b = quintic(outside / (np.linalg.norm(outside) + 1e-7), self.ns_steps)
+        return self.scaled(a + self.gamma * self.scaled(b)).reshape(self.x.shape)
 
-    def follow(self, g: Array) -> None:
+    def scaled(self, matrix: Array) -> Array:
+        """Return a matrix with a root mean square of 1."""
+        return np.sqrt(matrix.size) * matrix / (np.linalg.norm(matrix) + self.eps)
+
+    def track(self, g: Array) -> None:
         """Take a gradient into the leading eigenvectors and their block."""
         b2 = self.betas[1]
         gram = g.T @ g
@@ -87,18 +86,17 @@ class COSMOS(Reference):
             self.u = np.linalg.eigh(gram)[1][:, ::-1][:, : self.rank]
             self.s = (1 - b2) * self.u.T @ gram @ self.u
             return
-        u = np.linalg.qr(b2 * self.u @ self.s + (1 - b2) * gram @ self.u)[0]
-        self.s = u.T @ (b2 * self.u @ self.s @ self.u.T + (1 - b2) * gram) @ u
-        self.u = u
+        old = self.u @ self.s @ self.u.T
+        self.u = np.linalg.qr((b2 * old + (1 - b2) * gram) @ self.u)[0]
+        self.s = self.u.T @ (b2 * old + (1 - b2) * gram) @ self.u
 
 
-def newton_schulz(matrix: Array, steps: int) -> Array:
-    """Return about U V^T of a matrix U S V^T, by Muon's polynomial of its singular values."""
-    x = matrix / (np.linalg.norm(matrix) + 1e-7)
+def quintic(matrix: Array, steps: int) -> Array:
+    """Return what Newton-Schulz steps of Jordan's polynomial make of the singular values."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ vt
 
 
 REFERENCES: dict[str, type] = {"cosmos": COSMOS}

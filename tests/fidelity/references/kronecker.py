@@ -6,6 +6,9 @@ import numpy as np
 
 from references.base import Array, Reference
 
+TINY = float(np.finfo(np.float32).tiny)
+"""Least size that Kron divides by."""
+
 
 class SOAP(Reference):
     """Vyas et al., Algorithm 3, with what the authors' code adds (github.com/nikhilvyas/SOAP).
@@ -163,65 +166,58 @@ class Shampoo(Reference):
     ) -> None:
         assert accumulate in {"ema", "sum"}
         assert grafting in {"adam", "sgd", "none"}
-        self.betas, self.eps, self.graft_eps = betas, eps, graft_eps
-        self.shampoo_beta = betas[1] if shampoo_beta is None else shampoo_beta
-        self.sums, self.grafting = accumulate == "sum", grafting
-        self.interval = update_interval
+        self.b1, self.b2 = betas
+        self.beta = self.b2 if shampoo_beta is None else shampoo_beta
+        self.eps, self.graft_eps, self.grafting = eps, graft_eps, grafting
+        self.summed, self.interval = accumulate == "sum", update_interval
         first = start_preconditioning_step
         self.start = update_interval if first is None else first
-        self.m, self.v, self.d = (np.zeros_like(self.x) for _ in range(3))
-        shape = (len(self.x), self.x[0].size) if self.x.ndim > 1 else ()
-        self.sides = [side if side <= max_precond_dim else None for side in shape]
-        count = sum(side is not None for side in self.sides)
-        self.exponent = 1 / (2 * max(count, 1)) if exponent is None else exponent
-        self.factors = [None if n is None else np.zeros((n, n)) for n in self.sides]
-        self.roots = [None if n is None else np.eye(n) for n in self.sides]
-        self.factored = count > 0
-
-    def accumulated(self, total: Array, new: Array) -> Array:
-        beta = self.shampoo_beta
-        return total + new if self.sums else beta * total + (1 - beta) * new
-
-    def corrected(self, total: Array) -> Array:
-        return total if self.sums else total / (1 - self.shampoo_beta**self.t)
+        self.m, self.v, self.squares = (np.zeros_like(self.x) for _ in range(3))
+        sides = (len(self.x), self.x[0].size) if self.x.ndim >= 2 else ()
+        kept = [axis for axis, side in enumerate(sides) if side <= max_precond_dim]
+        self.factors = {axis: np.zeros((sides[axis], sides[axis])) for axis in kept}
+        self.roots = {axis: np.eye(sides[axis]) for axis in kept}
+        self.exponent = 1 / (2 * max(len(kept), 1)) if exponent is None else exponent
 
     def direction(self, g: Array) -> Array:
-        b1, b2 = self.betas
-        self.m = b1 * self.m + (1 - b1) * g
-        self.v = b2 * self.v + (1 - b2) * g**2
-        self.d = self.accumulated(self.d, g**2)
-        m_hat = self.m / (1 - b1**self.t)
-        graft = m_hat
+        self.m = self.b1 * self.m + (1 - self.b1) * g
+        self.v = self.b2 * self.v + (1 - self.b2) * g**2
+        m_hat = self.m / (1 - self.b1**self.t)
+        if not self.factors and self.grafting == "none":
+            self.squares = self.accumulated(self.squares, g**2)
+            return m_hat / np.sqrt(self.corrected(self.squares) + self.eps)
+        grafted = m_hat
         if self.grafting == "adam":
-            graft = m_hat / (np.sqrt(self.v / (1 - b2**self.t)) + self.graft_eps)
-        if not self.factored:
-            plain = m_hat / np.sqrt(self.corrected(self.d) + self.eps)
-            return plain if self.grafting == "none" else graft
-        matrix = g.reshape(len(g), -1)
-        for i, gram in enumerate((matrix @ matrix.T, matrix.T @ matrix)):
-            if self.factors[i] is not None:
-                self.factors[i] = self.accumulated(self.factors[i], gram)
-        if self.t == self.start or (self.t > self.start and self.t % self.interval == 0):
-            self.roots = [
-                None if f is None else inverse_power(self.corrected(f), self.eps, self.exponent)
-                for f in self.factors
-            ]
+            grafted = m_hat / (np.sqrt(self.v / (1 - self.b2**self.t)) + self.graft_eps)
+        if not self.factors:
+            return grafted
+        p = self.preconditioned(g.reshape(len(g), -1), m_hat.reshape(len(g), -1))
         if self.t < self.start:
-            return graft
-        p = m_hat.reshape(matrix.shape)
-        left, right = self.roots
-        p = p if left is None else left @ p
-        p = (p if right is None else p @ right).reshape(g.shape)
-        if self.grafting == "none":
-            return p
-        return p * np.linalg.norm(graft) / (np.linalg.norm(p) + 1e-16)
+            return grafted
+        if self.grafting != "none":
+            p = p * np.linalg.norm(grafted) / (np.linalg.norm(p) + 1e-16)
+        return p.reshape(g.shape)
 
+    def preconditioned(self, g: Array, m_hat: Array) -> Array:
+        """Take a gradient into the factors, and return P."""
+        grams = {0: g @ g.T, 1: g.T @ g}
+        self.factors = {a: self.accumulated(f, grams[a]) for a, f in self.factors.items()}
+        if self.t == self.start or (self.t > self.start and self.t % self.interval == 0):
+            self.roots = {axis: self.root(factor) for axis, factor in self.factors.items()}
+        p = self.roots[0] @ m_hat if 0 in self.roots else m_hat
+        return p @ self.roots[1] if 1 in self.roots else p
 
-def inverse_power(factor: Array, eps: float, exponent: float) -> Array:
-    """Return (factor + eps I)^-exponent of a positive semidefinite matrix."""
-    values, vectors = np.linalg.eigh(factor)
-    values = values - min(values[0], 0.0) + eps
-    return (vectors * values**-exponent) @ vectors.T
+    def accumulated(self, old: Array, new: Array) -> Array:
+        return old + new if self.summed else self.beta * old + (1 - self.beta) * new
+
+    def corrected(self, total: Array) -> Array:
+        return total if self.summed else total / (1 - self.beta**self.t)
+
+    def root(self, factor: Array) -> Array:
+        """Return (factor + eps I)^-exponent, the factor corrected."""
+        values, vectors = np.linalg.eigh(self.corrected(factor))
+        values = values - min(values[0], 0.0) + self.eps
+        return vectors * values**-self.exponent @ vectors.T
 
 
 class Kron(Reference):
@@ -281,81 +277,87 @@ class Kron(Reference):
         momentum_into_precond_update: bool = True,
     ) -> None:
         assert memory_save_mode in (None, "one_diag")
-        self.mu, self.precond_lr, self.clip = momentum, precond_lr, clip_threshold
-        self.probability, self.decay = probability, probability_decay
-        self.flat, self.from_momentum = probability_start, momentum_into_precond_update
+        self.b, self.precond_lr, self.clip = momentum, precond_lr, clip_threshold
+        self.schedule = (*probability, probability_decay, probability_start)
+        self.fits_momentum = momentum_into_precond_update
         self.waited = self.updates = 0
-        self.m = np.zeros_like(self.x)
-        if self.x.ndim < 2:
-            self.q = [np.full_like(self.x, precond_init_scale)]
-            return
-        sides = (len(self.x), self.x[0].size)
-        diagonal = [side == 1 or side > max_size_triangular for side in sides]
-        if memory_save_mode == "one_diag":
-            diagonal[0 if sides[0] > sides[1] else 1] = True
-        scale = precond_init_scale**0.5
-        self.q = [
-            scale * (np.ones(side) if flat else np.eye(side))
-            for side, flat in zip(sides, diagonal, strict=True)
-        ]
+        shape = self.x.shape
+        self.sides = (shape[0], self.x[0].size) if len(shape) >= 2 else (self.x.size,)
+        self.m = np.zeros(self.sides)
+        scale = precond_init_scale ** (1 / len(self.sides))
+        longest = max(range(len(self.sides)), key=lambda axis: (self.sides[axis], axis))
+        self.q: list[Array] = []
+        for axis, side in enumerate(self.sides):
+            flat = len(self.sides) == 1 or side == 1 or side > max_size_triangular
+            flat = flat or (memory_save_mode == "one_diag" and axis == longest)
+            self.q.append(scale * (np.ones(side) if flat else np.eye(side)))
 
     def direction(self, g: Array) -> Array:
-        self.m = self.mu * self.m + (1 - self.mu) * g
-        momentum = self.m / (1 - self.mu**self.t)
-        high, low = self.probability
-        p = max(min(high * np.exp(-self.decay * (self.t - 1 - self.flat)), high), low)
-        self.waited += 1
-        due = self.waited >= 1 / p
-        if due:
-            self.waited = 0
+        g = g.reshape(self.sides)
+        self.m = self.b * self.m + (1 - self.b) * g
+        m_hat = self.m / (1 - self.b**self.t)
+        if self.due():
             self.updates += 1
-        if due and self.updates % 100 == 0 and len(self.q) == 2:
-            sizes = [np.abs(q).max() for q in self.q]
-            mean = np.sqrt(sizes[0] * sizes[1])
-            self.q = [mean / size * q for q, size in zip(self.q, sizes, strict=True)]
-        if due:
-            x = momentum if self.from_momentum else g
-            v = self.draw("normal", self.t, g.shape)
-            self.fit(x + np.sqrt(2.0**-23) * np.abs(x).mean() * v, v)
-        if len(self.q) == 1:
-            update = self.q[0] ** 2 * momentum
-        else:
-            matrix = momentum.reshape(len(g), -1)
-            q1, q2 = (np.diag(q) if q.ndim == 1 else q for q in self.q)
-            update = (q1.T @ q1 @ matrix @ q2.T @ q2).reshape(g.shape)
-        return update * min(1.0, self.clip / (np.sqrt(np.mean(update**2)) + 1e-12))
+            if self.updates % 100 == 0 and len(self.q) == 2:
+                self.balance()
+            assert self.draw is not None
+            v = self.draw("normal", self.t, self.sides)
+            h = m_hat if self.fits_momentum else g
+            self.fit(h + np.sqrt(2.0**-23) * np.mean(np.abs(h)) * v, v)
+        p = m_hat
+        for axis, q in enumerate(self.q):
+            p = applied(q.T @ q if q.ndim == 2 else q**2, p, axis)
+        p = p * min(1.0, self.clip / (np.sqrt(np.mean(p**2)) + 1e-12))
+        return p.reshape(self.x.shape)
 
-    def fit(self, x: Array, v: Array) -> None:
+    def due(self) -> bool:
+        """Say whether the factors are updated at this step."""
+        most, least, decay, start = self.schedule
+        self.waited += 1
+        if self.waited < 1 / max(min(most * np.exp(-decay * (self.t - 1 - start)), most), least):
+            return False
+        self.waited = 0
+        return True
+
+    def balance(self) -> None:
+        sizes = [float(np.abs(q).max()) for q in self.q]
+        mean = np.sqrt(sizes[0] * sizes[1])
+        self.q = [q * mean / size for q, size in zip(self.q, sizes, strict=True)]
+
+    def fit(self, h: Array, v: Array) -> None:
         """Move the factors once along their relative gradients."""
-        if len(self.q) == 1:
-            q = self.q[0]
-            a, b = (q * x) ** 2, (v / q) ** 2
-            self.q = [q - self.precond_lr * (a - b) / largest(a + b) * q]
-            return
-        q1, q2 = (np.diag(q) if q.ndim == 1 else q for q in self.q)
-        a = q1 @ x.reshape(len(x), -1) @ q2.T
-        b = np.linalg.inv(q1).T @ v.reshape(len(v), -1) @ np.linalg.inv(q2)
-        grams = [(a @ a.T, b @ b.T), (a.T @ a, b.T @ b)]
-        self.q = [moved(q, *gram, self.precond_lr) for q, gram in zip(self.q, grams, strict=True)]
+        a, b = h, v
+        for axis, q in enumerate(self.q):
+            a = applied(q, a, axis)
+            b = applied(np.linalg.inv(q).T if q.ndim == 2 else 1 / q, b, axis)
+        for axis, q in enumerate(self.q):
+            aa, bb = (gram(x if axis == 0 else x.T, q.ndim) for x in (a, b))
+            if q.ndim == 1:
+                size = np.max(np.abs(aa + bb))
+                self.q[axis] = q - self.precond_lr * (aa - bb) / max(size, TINY) * q
+            else:
+                size = spectral_bound(aa + bb)
+                self.q[axis] = q - self.precond_lr * np.triu(aa - bb) / max(size, TINY) @ q
 
 
-def moved(q: Array, aa: Array, bb: Array, lr: float) -> Array:
-    """Return a diagonal or triangular factor after a step."""
-    if q.ndim == 1:
-        aa, bb = np.diag(aa), np.diag(bb)
-        return q - lr * (aa - bb) / largest(aa + bb) * q
-    return q - lr / spectral_bound(aa + bb) * np.triu(aa - bb) @ q
+def applied(q: Array, x: Array, axis: int) -> Array:
+    """Return q times x along an axis, q a matrix or a diagonal."""
+    if q.ndim == 2:
+        return q @ x if axis == 0 else x @ q.T
+    return q * x if axis == x.ndim - 1 else q[:, None] * x
 
 
-def largest(values: Array) -> float:
-    return max(float(np.max(values)), float(np.finfo(np.float32).tiny))
+def gram(x: Array, ndim: int) -> Array:
+    """Return x x^T, or its diagonal."""
+    rows = x.reshape(len(x), -1)
+    return rows @ rows.T if ndim == 2 else np.sum(rows**2, axis=1)
 
 
 def spectral_bound(t: Array) -> float:
     """Return a lower bound of the largest eigenvalue of a positive semidefinite matrix."""
-    y = t @ t[:, np.argmax((t**2).sum(axis=0))]
+    y = t @ t[:, np.argmax(np.sum(t**2, axis=0))]
     size = float(np.linalg.norm(y))
-    return float(np.linalg.norm(t @ y)) / size if size > 0 else float(np.finfo(np.float32).tiny)
+    return float(np.linalg.norm(t @ y)) / size if size > 0 else 0.0
 
 
 REFERENCES: dict[str, type] = {"soap": SOAP, "shampoo": Shampoo, "kron": Kron}

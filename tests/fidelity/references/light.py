@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from references.adam import AdamW
@@ -153,81 +151,68 @@ def dynamic_codes(*, signed: bool) -> Array:
     are float32 numbers, the nearest to these (bitsandbytes', rounded on the way, are within two
     units in the last place).
     """
-    magnitudes = []
+    codes = [0.0, 1.0]
     for i in range(7):
-        n = 2**i if signed else 2 ** (i + 1)
-        centres = 0.1 + 0.9 * (np.arange(n) + 0.5) / n
-        magnitudes.append(10.0 ** (i - 6) * centres)
-    positive = np.concatenate(magnitudes)
-    negative = -positive if signed else positive[:0]
-    codes = np.sort(np.concatenate([negative, positive, [0.0, 1.0]]))
-    return codes.astype(np.float32).astype(np.float64)
+        edges = np.linspace(0.1, 1.0, (2**i if signed else 2 ** (i + 1)) + 1)
+        centres = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        codes += [*centres, *(-centres if signed else [])]
+    return np.sort(np.array(codes)).astype(np.float32).astype(np.float64)
 
 
-def blocks(size: int, block_size: int) -> Iterator[slice]:
-    """Yield the blocks of a flat tensor, of which the last may be shorter."""
-    for start in range(0, size, block_size):
-        yield slice(start, start + block_size)
-
-
-def magnitude(block: Array) -> float:
-    """Return what a block keeps beside its codes."""
-    return float(np.float32(np.abs(block).max()))
-
-
-def quantise(values: Array, signed: bool, block_size: int) -> Array:
-    """Return what 8 bits a value keep of a tensor of any size (see Blockwise), read back."""
-    codes = dynamic_codes(signed=signed)
-    borders = (codes[:-1] + codes[1:]) / 2
-    flat = values.reshape(-1)
-    read = np.zeros_like(flat)
-    for block in blocks(flat.size, block_size):
-        a = magnitude(flat[block])
-        if a > 0:
-            read[block] = a * codes[np.searchsorted(borders, flat[block] / a, side="left")]
-    return read.reshape(values.shape)
-
-
-class Blockwise:
-    """8-bit states: Dettmers et al. 2022 (arXiv 2110.02861), for a Reference with `margin`.
+class EightBit:
+    """What 8 bits a value keep of a state: Dettmers et al. 2022 (arXiv 2110.02861).
 
     After each step a state is replaced by what 8 bits can hold of it. The flattened tensor is cut
     into blocks of `block_size` (the last may be shorter). A block keeps its absmax a, and for each
     element the code nearest to value / a; on the border between two codes, the lower one. A block
     of zeros has a = 0 and stays zero. The step itself uses the new state before it is rounded.
     The codes and a are the storage: float32 numbers, in whatever precision the step is taken.
+    """
 
-    `margin` is, per element, the smallest distance so far of value / a from the border between two
-    codes, times a / (sum of the absolute values the state was added up from). Near float32's
+    def __init__(self, block_size: int, *, signed: bool) -> None:
+        self.block_size, self.codes = block_size, dynamic_codes(signed=signed)
+        self.borders = (self.codes[:-1] + self.codes[1:]) / 2
+
+    def __call__(self, values: Array) -> tuple[Array, Array]:
+        """Return what is read back, and each value's distance from where its code changes."""
+        flat = values.ravel()
+        kept, distance = np.zeros_like(flat), np.full_like(flat, np.inf)
+        for start in range(0, flat.size, self.block_size):
+            block = slice(start, start + self.block_size)
+            a = float(np.float32(np.abs(flat[block]).max()))
+            if a == 0:
+                continue
+            code = np.searchsorted(self.borders, flat[block] / a, side="left")
+            kept[block] = a * self.codes[code]
+            around = np.clip([code - 1, code], 0, len(self.borders) - 1)
+            distance[block] = np.abs(flat[block] - a * self.borders[around]).min(axis=0)
+        return kept.reshape(values.shape), distance.reshape(values.shape)
+
+
+class Quantised:
+    """Mixin of a Reference with 8-bit states.
+
+    `margin` is, per element, the smallest distance so far of a state from the border between two
+    codes, over the sum of the absolute values the state was added up from. Near float32's
     rounding error (3e-7 is enough) float32 may choose the neighbouring code, and that element's
     trajectory then differs by a whole code; others only if it becomes its block's absmax.
     """
 
-    x: Array
     margin: Array
-    block_size: int
 
-    def stored(self, value: Array, size: Array, *, signed: bool) -> Array:
+    def stored(self, state: Array, size: Array, eight_bit: EightBit) -> Array:
         """Return what is left of a state that was added up from terms whose sizes add to `size`."""
-        if value.size < MIN_QUANTISED:
-            return value
-        codes = dynamic_codes(signed=signed)
-        borders = (codes[:-1] + codes[1:]) / 2
-        flat, sizes = value.reshape(-1), size.reshape(-1)
-        margin = np.full_like(flat, np.inf)
-        for block in blocks(flat.size, self.block_size):
-            a = magnitude(flat[block])
-            if a == 0:
-                continue
-            distance = np.abs((flat[block] / a)[:, None] - borders).min(1) * a
-            known = sizes[block] == 0
-            margin[block] = np.where(known, np.inf, distance / np.where(known, 1, sizes[block]))
-        self.margin = np.minimum(self.margin, margin.reshape(value.shape))
-        return quantise(value, signed, self.block_size)
+        if state.size < MIN_QUANTISED:
+            return state
+        kept, distance = eight_bit(state)
+        exact = size == 0
+        margin = np.where(exact, np.inf, distance / np.where(exact, 1.0, size))
+        self.margin = np.minimum(self.margin, margin)
+        return kept
 
 
-class Adam8bit(Blockwise, AdamW):
-    """AdamW with 8-bit m (signed codes) and v (unsigned): see Blockwise.
+class Adam8bit(Quantised, AdamW):
+    """AdamW with 8-bit m (signed codes) and v (unsigned): see EightBit.
 
     Decay is decoupled; so it is in bitsandbytes, whose Adam8bit and AdamW8bit differ in the
     default decay only (0, 1e-2). The paper has blocks of 2048; 256 is bitsandbytes' since 0.44.
@@ -253,22 +238,23 @@ class Adam8bit(Blockwise, AdamW):
         block_size: int = 256,
     ) -> None:
         super().setup(betas=betas, eps=eps, amsgrad=amsgrad)
-        self.block_size = block_size
+        self.signed = EightBit(block_size, signed=True)
+        self.unsigned = EightBit(block_size, signed=False)
         self.margin = np.full_like(self.x, np.inf)
 
     def direction(self, g: Array) -> Array:
         b1 = self.betas[0]
         size = b1 * np.abs(self.m) + (1 - b1) * np.abs(g)
         u = super().direction(g)
-        self.m = self.stored(self.m, size, signed=True)
-        self.v = self.stored(self.v, self.v, signed=False)
+        self.m = self.stored(self.m, size, self.signed)
+        self.v = self.stored(self.v, self.v, self.unsigned)
         if self.amsgrad:
-            self.v_max = self.stored(self.v_max, self.v_max, signed=False)
+            self.v_max = self.stored(self.v_max, self.v_max, self.unsigned)
         return u
 
 
-class Lion8bit(Blockwise, Lion):
-    """Lion with an 8-bit m (signed codes): see Blockwise. `margin` also has the signs' margins.
+class Lion8bit(Quantised, Lion):
+    """Lion with an 8-bit m (signed codes): see EightBit. `margin` also has the signs' margins.
 
     Different: as Adam8bit; and bitsandbytes had coupled decay, inside the sign, until 2026.
 
@@ -277,14 +263,14 @@ class Lion8bit(Blockwise, Lion):
 
     def setup(self, betas: tuple[float, float] = (0.9, 0.99), block_size: int = 256) -> None:
         super().setup(betas=betas)
-        self.block_size = block_size
+        self.signed = EightBit(block_size, signed=True)
 
     def direction(self, g: Array) -> Array:
         b2 = self.betas[1]
         size = b2 * np.abs(self.m) + (1 - b2) * np.abs(g)
         u = super().direction(g)
         if self.m.size >= MIN_QUANTISED:
-            self.m = self.stored(self.m, size, signed=True)
+            self.m = self.stored(self.m, size, self.signed)
             self.size = np.abs(self.m)  # A stored m is exact.
         return u
 

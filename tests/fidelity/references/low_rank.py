@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from references.base import Array, Reference
+from references.light import MIN_QUANTISED, EightBit
 
 NORM_EPS = 1e-8
 """Added to the norms that Fira and APOLLO divide by (their codes; Fira's paper has Adam's eps)."""
@@ -37,11 +38,10 @@ class LowRank(Reference):
     """
 
     def begin(self, rank: int | None, update_interval: int, scale: float) -> None:
-        self.shape = self.x.shape
-        assert len(self.shape) > 1, "given hidden matrices only"
-        self.rows, self.columns = self.shape[0], self.x[0].size
+        assert self.x.ndim > 1, "given hidden matrices only"
+        self.rows, self.columns = len(self.x), self.x[0].size
         self.right = self.rows >= self.columns
-        self.rank = min(self.shape[0], self.columns) if rank is None else rank
+        self.rank = min(self.rows, self.columns) if rank is None else rank
         self.interval, self.scale = update_interval, scale
         self.basis = np.zeros(0)
         self.offered: tuple[Array, float] | None = None
@@ -49,17 +49,29 @@ class LowRank(Reference):
         self.m: Any = 0.0
         self.v: Any = 0.0
 
-    @property
-    def refreshes(self) -> bool:
-        return (self.t - 1) % self.interval == 0
+    def direction(self, g: Array) -> Array:
+        matrix = g.reshape(self.rows, self.columns)
+        source = self.source(matrix)
+        if (self.t - 1) % self.interval == 0:
+            self.basis = self.projection(source)
+        return (self.scale * self.update(matrix)).reshape(g.shape)
+
+    def source(self, g: Array) -> Array:
+        """Return what the basis would be taken from: the gradient, unless a method says another."""
+        return g
+
+    def projection(self, source: Array) -> Array:
+        """Return the basis of a refresh."""
+        return self.singular_basis(source)
+
+    def update(self, g: Array) -> Array:
+        """Return the direction of a matrix, before `scale`."""
+        raise NotImplementedError
 
     @property
     def channel_axis(self) -> int:
         """The axis of the low-rank gradient that has `rank` entries."""
         return 1 if self.right else 0
-
-    def matrix(self, g: Array) -> Array:
-        return g.reshape(self.rows, self.columns)
 
     def down(self, g: Array) -> Array:
         return g @ self.basis.T if self.right else self.basis.T @ g
@@ -67,37 +79,41 @@ class LowRank(Reference):
     def up(self, r: Array) -> Array:
         return r @ self.basis if self.right else self.basis @ r
 
+    def moments(self, r: Array) -> None:
+        b1, b2 = self.betas
+        self.m = b1 * self.m + (1 - b1) * r
+        self.v = b2 * self.v + (1 - b2) * r**2
+
+    def adam(self, m: Array) -> Array:
+        """Return Adam's direction for a first moment; eps is of the uncorrected sqrt(v)."""
+        return self.correction() * m / (np.sqrt(self.v) + self.eps)
+
+    def correction(self) -> float:
+        """Return Adam's two bias corrections in one."""
+        b1, b2 = self.betas
+        return float(np.sqrt(1 - b2**self.t) / (1 - b1**self.t))
+
     def singular_basis(self, matrix: Array) -> Array:
         """Return the leading singular vectors, the largest entry of each positive."""
-        left, sizes, right = np.linalg.svd(matrix, full_matrices=False)
+        u, sizes, vt = np.linalg.svd(matrix, full_matrices=False)
         leading = sizes[: self.rank + 1]
         if len(leading) > 1:
             self.gap = min(self.gap, float(-np.diff(leading).max()) / max(leading[0], 1e-300))
-        vectors = (right if self.right else left.T)[: self.rank]
-        largest = np.abs(vectors).argmax(1)
-        vectors = vectors * np.sign(vectors[np.arange(len(vectors)), largest])[:, None]
-        basis = vectors if self.right else vectors.T
+        vectors = (vt.T if self.right else u)[:, : self.rank]
+        largest = np.abs(vectors).argmax(axis=0)
+        vectors = vectors * np.sign(vectors[largest, np.arange(vectors.shape[1])])
         if self.offered is not None:
             basis, tolerance = self.offered
+            self.offered = None
             pair = (basis, matrix) if self.right else (basis.T, matrix.T)
             assert_singular_rows(*pair, sizes, tolerance)
-            self.offered = None
-        return basis
+            return basis
+        return vectors.T if self.right else vectors
 
     def adopt(self, basis: Array, tolerance: float = 1e-9) -> None:
         """Take the implementation's next basis, if it is made of leading singular vectors."""
         assert self.t % self.interval == 0, "the next step does not refresh"
         self.offered = np.array(basis, dtype=np.float64), tolerance
-
-    def moments(self, g: Array) -> None:
-        b1, b2 = self.betas
-        self.m = b1 * self.m + (1 - b1) * g
-        self.v = b2 * self.v + (1 - b2) * g**2
-
-    def correction(self) -> float:
-        """Adam's two bias corrections in one; eps is then of the uncorrected sqrt(v)."""
-        b1, b2 = self.betas
-        return float(np.sqrt(1 - b2**self.t) / (1 - b1**self.t))
 
 
 def assert_singular_rows(rows: Array, matrix: Array, sizes: Array, tolerance: float) -> None:
@@ -133,18 +149,12 @@ class GaLoreAdamW(LowRank):
         self.begin(rank, update_interval, scale)
         self.betas, self.eps = betas, eps
 
-    def direction(self, g: Array) -> Array:
-        g = self.matrix(g)
-        if self.refreshes:
-            self.basis = self.projection(g)
-        return (self.scale * self.up(self.adapt(self.down(g)))).reshape(self.shape)
-
-    def projection(self, g: Array) -> Array:
-        return self.singular_basis(g)
+    def update(self, g: Array) -> Array:
+        return self.up(self.adapt(self.down(g)))
 
     def adapt(self, r: Array) -> Array:
         self.moments(r)
-        return self.correction() * self.m / (np.sqrt(self.v) + self.eps)
+        return self.adam(self.m)
 
 
 class GaLoreAdafactor(GaLoreAdamW):
@@ -170,17 +180,16 @@ class GaLoreAdafactor(GaLoreAdamW):
     ) -> None:
         self.begin(rank, update_interval, scale)
         self.beta1, self.decay_rate, self.d, self.eps = beta1, decay_rate, clip_threshold, eps
-        self.row_sums: Any = 0.0
-        self.column_sums: Any = 0.0
+        self.row_means: Any = 0.0
+        self.column_means: Any = 0.0
 
     def adapt(self, r: Array) -> Array:
-        b2 = 1 - self.t ** (-self.decay_rate)
-        squared = r**2 + self.eps
-        self.row_sums = b2 * self.row_sums + (1 - b2) * squared.sum(1)
-        self.column_sums = b2 * self.column_sums + (1 - b2) * squared.sum(0)
-        v = np.outer(self.row_sums, self.column_sums) / self.row_sums.sum()
-        u = r / np.sqrt(v)
-        u = u / max(1.0, np.sqrt(np.mean(u**2)) / self.d)
+        b2 = 1 - self.t**-self.decay_rate
+        square = r**2 + self.eps
+        self.row_means = b2 * self.row_means + (1 - b2) * square.mean(axis=1)
+        self.column_means = b2 * self.column_means + (1 - b2) * square.mean(axis=0)
+        u = r / np.sqrt(np.outer(self.row_means, self.column_means) / self.row_means.mean())
+        u = u / max(1.0, float(np.sqrt(np.mean(u**2))) / self.d)
         if self.beta1 is None:
             return u
         self.m = self.beta1 * self.m + (1 - self.beta1) * u
@@ -193,11 +202,9 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     u = scale back((m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)): bitsandbytes corrects before
     eps, unlike galore_adamw. The direction uses the new m and v in full precision; then each is
     stored in 8 bits per block, of the low-rank matrix read row by row, and the next step starts
-    from what was stored. Fewer than `min_8bit_size` elements (of the low-rank matrix) stay exact.
+    from what was stored. Fewer than 4096 elements (of the low-rank matrix) stay exact.
     float32 and float64 may pick neighbouring codes where a value is halfway between two.
 
-    Quantising is `quantise(values, signed, block_size) -> values read back` (m signed, v not):
-    `references.light`'s function of that name by default; assign `reference.quantise` for another.
     bitsandbytes has had blocks of 256 since 0.44, of 2048 when GaLore was published. galore_torch
     1.0 passes its arguments by position: with bitsandbytes 0.50 percentile_clipping=100 becomes
     max_unorm, and matrices with exact states, whose "weight" is zero there, do not move at all.
@@ -214,27 +221,18 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         block_size: int = 256,
-        min_8bit_size: int = 4096,
     ) -> None:
         super().setup(rank=rank, update_interval=update_interval, scale=scale, betas=betas, eps=eps)
-        self.block_size, self.min_8bit_size = block_size, min_8bit_size
-        self.quantise: Any = quantise
+        self.signed = EightBit(block_size, signed=True)
+        self.unsigned = EightBit(block_size, signed=False)
 
     def adapt(self, r: Array) -> Array:
         self.moments(r)
         b1, b2 = self.betas
         m_hat, v_hat = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
-        if r.size >= self.min_8bit_size:
-            self.m = self.quantise(self.m, True, self.block_size)
-            self.v = self.quantise(self.v, False, self.block_size)
+        if r.size >= MIN_QUANTISED:
+            self.m, self.v = self.signed(self.m)[0], self.unsigned(self.v)[0]
         return m_hat / (np.sqrt(v_hat) + self.eps)
-
-
-def quantise(values: Array, signed: bool, block_size: int) -> Array:
-    """Return what reading back the values from 8-bit storage gives."""
-    from references import light
-
-    return light.quantise(values, signed, block_size)
 
 
 class Fira(LowRank):
@@ -246,7 +244,9 @@ class Fira(LowRank):
     u = scale (back(N) + S). The first step is not limited (the paper has no S_0, the code skips).
 
     The authors' code (fira 1.0.2; the same in pytorch_optimizer, but for its refresh steps) is
-    another method, see `FiraCode`: its norms differ even at scale = 1. With rank >= min(m, n) S is
+    another method: its back() includes scale everywhere, so the residual is G - scale back(R),
+    which keeps most of the gradient in the subspace, and is not scaled itself; bias correction
+    comes after the limiter, so its norms differ even at scale = 1. With rank >= min(m, n) S is
     rounding noise. A step without gradient resets |S_last| to 0: S grows again from 1e-8.
 
     Defaults: lr 1e-2, weight_decay 0
@@ -265,33 +265,12 @@ class Fira(LowRank):
         self.begin(rank, update_interval, scale)
         self.betas, self.eps, self.limiter = betas, eps, GrowthLimiter(growth_limit)
 
-    def direction(self, g: Array) -> Array:
-        g = self.matrix(g)
-        if self.refreshes:
-            self.basis = self.singular_basis(g)
+    def update(self, g: Array) -> Array:
         r = self.down(g)
         self.moments(r)
-        n = self.correction() * self.m / (np.sqrt(self.v) + self.eps)
-        s = self.limiter(channel_ratio(n, r, self.channel_axis) * (g - self.up(r)))
-        return (self.scale * (self.up(n) + s)).reshape(self.shape)
-
-
-class FiraCode(Fira):
-    """Fira as in the authors' code: not a name of the library, kept to measure the difference.
-
-    Its back() includes scale everywhere, so the residual is G - scale back(R), which keeps most of
-    the gradient in the subspace, and is not scaled itself; bias correction comes after the limiter.
-    """
-
-    def direction(self, g: Array) -> Array:
-        g = self.matrix(g)
-        if self.refreshes:
-            self.basis = self.singular_basis(g)
-        r = self.down(g)
-        self.moments(r)
-        n = self.m / (np.sqrt(self.v) + self.eps)
-        s = self.limiter(channel_ratio(n, r, self.channel_axis) * (g - self.scale * self.up(r)))
-        return (self.correction() * (self.scale * self.up(n) + s)).reshape(self.shape)
+        n = self.adam(self.m)
+        rest = channel_ratio(n, r, self.channel_axis) * (g - self.up(r))
+        return self.up(n) + self.limiter(rest)
 
 
 class GrowthLimiter:
@@ -302,18 +281,18 @@ class GrowthLimiter:
         self.last: float | None = None
 
     def __call__(self, s: Array) -> Array:
-        norm = float(np.linalg.norm(s))
-        shrink = 1.0
+        norm, cut = float(np.linalg.norm(s)), 1.0
         if self.last is not None:
-            shrink = max(1.0, norm / (self.last + NORM_EPS) / self.limit)
-        self.last = norm / shrink
-        return s / shrink
+            cut = max(norm / (self.last + NORM_EPS), self.limit) / self.limit
+        self.last = norm / cut
+        return s / cut
 
 
 def channel_ratio(adapted: Array, r: Array, axis: int | None) -> Array:
     """Return how much Adam scaled each channel of the low-rank gradient (all of it: axis None)."""
-    sizes = [np.sqrt((a**2).sum(axis, keepdims=True)) for a in (adapted, r)]
-    return sizes[0] / (sizes[1] + NORM_EPS)
+    keep = axis is not None
+    before = np.linalg.norm(r, axis=axis, keepdims=keep)
+    return np.linalg.norm(adapted, axis=axis, keepdims=keep) / (before + NORM_EPS)
 
 
 class Conda(LowRank):
@@ -340,15 +319,15 @@ class Conda(LowRank):
         self.begin(None, update_interval, scale)
         self.betas, self.eps = betas, eps
 
-    def direction(self, g: Array) -> Array:
-        g = self.matrix(g)
-        b1, b2 = self.betas
+    def source(self, g: Array) -> Array:
+        b1 = self.betas[0]
         self.m = b1 * self.m + (1 - b1) * g
-        if self.refreshes:
-            self.basis = self.singular_basis(self.m)
+        return self.m
+
+    def update(self, g: Array) -> Array:
+        b2 = self.betas[1]
         self.v = b2 * self.v + (1 - b2) * self.down(g) ** 2
-        n = self.correction() * self.down(self.m) / (np.sqrt(self.v) + self.eps)
-        return (self.scale * self.up(n)).reshape(self.shape)
+        return self.up(self.adam(self.down(self.m)))
 
 
 REFERENCES = {

@@ -46,17 +46,17 @@ class Apollo(LowRank):
         self.scale_type = scale_type
         self.betas, self.eps, self.limiter = betas, eps, GrowthLimiter(growth_limit)
 
-    def direction(self, g: Array) -> Array:
-        g = self.matrix(g)
-        if self.refreshes:
-            shape = (self.rank, self.columns) if self.right else (self.rows, self.rank)
-            self.basis = self.draw("normal", self.t, shape) / np.sqrt(self.rank)
+    def projection(self, source: Array) -> Array:
+        shape = (self.rank, self.columns) if self.right else (self.rows, self.rank)
+        assert self.draw is not None
+        return self.draw("normal", self.t, shape) / np.sqrt(self.rank)
+
+    def update(self, g: Array) -> Array:
         r = self.down(g)
         self.moments(r)
         adapted, after = self.adapted()
         axis = self.channel_axis if self.scale_type == "channel" else None
-        s = self.limiter(channel_ratio(adapted, r, axis) * g)
-        return (self.scale * after * s).reshape(self.shape)
+        return after * self.limiter(channel_ratio(adapted, r, axis) * g)
 
     def adapted(self) -> tuple[Array, float]:
         """Return Adam's direction as the ratios see it, and the factor after the limiter."""
@@ -189,10 +189,10 @@ class QGaLore(Int8Weights, GaLoreAdamW8bit):
     The rounded P is used down and up; it is no longer orthogonal. Codes of P depend on the signs of
     singular vectors at every refresh, the first included. `adopt` takes P before it is rounded.
 
-    Left out: the lazy refresh, which doubles a matrix's interval once the (signed) cosine of
-    successive first singular vectors has averaged 0.4 over 5 refreshes. It depends on values and on
-    the arbitrary signs, and all that it changes is how often an SVD is paid for. The authors'
-    script has it on, benchmarks derived from it set the threshold to 1, which never happens.
+    Lazy refresh: the interval, at first `update_interval`, is doubled at a refresh where |cosine|
+    of successive first singular vectors (before rounding) has averaged at least `cos_threshold`
+    over the last `queue_size` refreshes. A refresh is due where steps before this one divide by the
+    interval. As in the authors' projector, whose cosine keeps the sign that the SVD gives.
 
     Defaults: lr 1e-2, weight_decay 0
     """
@@ -207,8 +207,9 @@ class QGaLore(Int8Weights, GaLoreAdamW8bit):
         eps: float = 1e-8,
         projection_bits: int = 4,
         group_size: int = 256,
+        cos_threshold: float = 0.4,
+        queue_size: int = 5,
         block_size: int = 256,
-        min_8bit_size: int = 4096,
     ) -> None:
         super().setup(
             rank=rank,
@@ -217,12 +218,22 @@ class QGaLore(Int8Weights, GaLoreAdamW8bit):
             betas=betas,
             eps=eps,
             block_size=block_size,
-            min_8bit_size=min_8bit_size,
         )
         self.projection_bits, self.group_size = projection_bits, group_size
+        self.cos_threshold, self.queue_size = cos_threshold, queue_size
+        self.leading: Array | None = None
+        self.cosines: list[float] = []
 
     def projection(self, g: Array) -> Array:
-        return round_groups(self.singular_basis(g), self.projection_bits, self.group_size)[0]
+        exact = self.singular_basis(g)
+        leading = exact[0] if self.right else exact[:, 0]
+        if self.leading is not None:
+            self.cosines.append(abs(float(self.leading @ leading)))
+        self.leading = leading
+        latest = self.cosines[-self.queue_size :]
+        if len(latest) == self.queue_size and np.mean(latest) >= self.cos_threshold:
+            self.interval *= 2
+        return round_groups(exact, self.projection_bits, self.group_size)[0]
 
 
 REFERENCES = {

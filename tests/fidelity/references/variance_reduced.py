@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from references.base import Array, Reference, SignMethod
+from references.hybrid import quintic
 
 
 class MARS(Reference):
@@ -23,32 +24,29 @@ class MARS(Reference):
     and heads get MARS). timm has c_1 = g; HeavyBall's `mars` doesn't clip.
     """
 
-    def start(self, beta: float, gamma: float, exact: bool) -> None:
+    def begin(self, b1: float, gamma: float, exact: bool) -> None:
         """Keep what the corrected gradient depends on, and start the moment."""
-        self.beta, self.gamma, self.exact = beta, gamma, exact
+        self.b1, self.gamma, self.exact = b1, gamma, exact
         self.m = np.zeros_like(self.x)
         self.previous: Array | None = None if exact else np.zeros_like(self.x)
 
-    def wants(self, t: int) -> bool:
-        """Say whether `observe` is to be called before step `t`, from 1."""
-        return self.exact and t > 1
-
     def observe(self, previous_grad: Array) -> None:
         """Take the coming step's batch's gradient at the weights before the last step."""
-        assert self.wants(self.t + 1)
+        assert self.exact
+        assert self.t >= 1, "there is no step before the first"
         self.previous = np.asarray(previous_grad, dtype=np.float64)
 
     def average(self, g: Array) -> Array:
         """Take the corrected gradient c into the moment, and return it."""
         previous = g if self.exact and self.t == 1 else self.previous
-        assert previous is not None
+        assert previous is not None, "observe was not called"
         self.previous = None if self.exact else g
-        factor = self.gamma * self.beta / (1 - self.beta)
-        c = g + factor * (g - previous)
-        shrink = max(1.0, float(np.linalg.norm(c)))
-        self.terms = (np.abs((1 + factor) * g) + np.abs(factor * previous)) / shrink
-        self.m = self.beta * self.m + (1 - self.beta) * c / shrink
-        return c / shrink
+        strength = self.gamma * self.b1 / (1 - self.b1)
+        c = g + strength * (g - previous)
+        length = max(1.0, float(np.linalg.norm(c)))
+        self.terms = (np.abs((1 + strength) * g) + np.abs(strength * previous)) / length
+        self.m = self.b1 * self.m + (1 - self.b1) * c / length
+        return c / length
 
 
 class MARSAdamW(MARS):
@@ -67,16 +65,15 @@ class MARSAdamW(MARS):
         gamma: float = 0.025,
         exact: bool = False,
     ) -> None:
-        self.start(betas[0], gamma, exact)
-        self.betas, self.eps = betas, eps
+        self.begin(betas[0], gamma, exact)
+        self.b2, self.eps = betas[1], eps
         self.v = np.zeros_like(self.x)
 
     def direction(self, g: Array) -> Array:
         c = self.average(g)
-        b1, b2 = self.betas
-        self.v = b2 * self.v + (1 - b2) * c**2
-        m_hat, v_hat = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
-        return m_hat / (np.sqrt(v_hat) + self.eps)
+        self.v = self.b2 * self.v + (1 - self.b2) * c**2
+        root = np.sqrt(self.v / (1 - self.b2**self.t))
+        return self.m / (1 - self.b1**self.t) / (root + self.eps)
 
 
 class MARSLion(MARS, SignMethod):
@@ -89,11 +86,11 @@ class MARSLion(MARS, SignMethod):
 
     def setup(self, momentum: float = 0.95, gamma: float = 0.025, exact: bool = False) -> None:
         SignMethod.setup(self)
-        self.start(momentum, gamma, exact)
+        self.begin(momentum, gamma, exact)
 
     def direction(self, g: Array) -> Array:
         self.average(g)
-        self.size = self.beta * self.size + (1 - self.beta) * self.terms
+        self.size = self.b1 * self.size + (1 - self.b1) * self.terms
         return self.sign(self.m, self.size)
 
 
@@ -115,26 +112,15 @@ class MARSShampoo(MARS):
         ns_steps: int = 5,
         exact: bool = False,
     ) -> None:
-        self.start(momentum, gamma, exact)
+        self.begin(momentum, gamma, exact)
         self.ns_steps = ns_steps
 
     def direction(self, g: Array) -> Array:
         self.average(g)
-        matrix = (self.m / (1 - self.beta)).reshape(len(g), -1)
+        matrix = (self.m / (1 - self.b1)).reshape(len(g), -1)
         rows, columns = matrix.shape
-        o = newton_schulz(matrix, self.ns_steps)
-        return (math.sqrt(max(1.0, rows / columns)) * o).reshape(g.shape)
-
-
-def newton_schulz(matrix: Array, steps: int) -> Array:
-    """Return about U V^T: singular values s of X / (|X| + 1e-8) through a s + b s^3 + c s^5."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (np.linalg.norm(matrix) + 1e-8)
-    wide = x if len(x) <= x.shape[1] else x.T
-    for _ in range(steps):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if len(x) <= x.shape[1] else wide.T
+        u = quintic(matrix / (np.linalg.norm(matrix) + 1e-8), self.ns_steps)
+        return (math.sqrt(max(1.0, rows / columns)) * u).reshape(g.shape)
 
 
 REFERENCES: dict[str, type] = {

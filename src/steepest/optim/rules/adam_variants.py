@@ -126,6 +126,7 @@ class AdEMAMix(Rule):
     beta3_warmup: int | None = None
 
     elementwise: ClassVar[bool] = True
+    total_steps: ClassVar[frozenset[str]] = frozenset({"alpha_warmup", "beta3_warmup"})
 
     def init(self, param: Tensor) -> State:
         """Return the fast and the slow average and that of squares, zero."""

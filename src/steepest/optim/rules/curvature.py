@@ -40,9 +40,13 @@ class SophiaG(Rule):
         """Return the moment and the curvature, zero."""
         return {"exp_avg": torch.zeros_like(param), "hessian": torch.zeros_like(param)}
 
-    def wants(self, step: int) -> Extra | None:
-        """Return the gradient on sampled labels at the first of every so many steps."""
-        return None if (step - 1) % self.update_interval else "sampled_labels"
+    def extra(self) -> Extra | None:
+        """Return the gradient on sampled labels."""
+        return "sampled_labels"
+
+    def wants(self, step: int) -> bool:
+        """Say that it is wanted at the first of every so many steps."""
+        return (step - 1) % self.update_interval == 0
 
     def observe(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
         """Return the curvature after this estimate."""

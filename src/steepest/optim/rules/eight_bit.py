@@ -14,9 +14,10 @@ from steepest.optim.live import Hyper
 from steepest.optim.quantisation import MIN_QUANTISED
 from steepest.optim.recipe import Part, Recipe
 from steepest.optim.roles import Role
-from steepest.optim.rule import State, Wrapper, compute_dtype
+from steepest.optim.rule import State, compute_dtype
 from steepest.optim.rules.adam import AdamW
 from steepest.optim.rules.sign import Lion
+from steepest.optim.wrapper import Wrapper
 
 SIGNED = frozenset({"exp_avg", "exp_avg_diff", "momentum"})
 """States of elementwise rules that average gradients or steps over tens of steps. Slower averages

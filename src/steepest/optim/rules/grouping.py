@@ -11,11 +11,12 @@ from torch import Tensor
 
 from steepest.optim.live import Hyper
 from steepest.optim.recipe import Recipe
-from steepest.optim.rule import Rule, State, ema, overrides
+from steepest.optim.rule import Rule, State, ema
 from steepest.optim.rules.adam import AdamW
 from steepest.optim.rules.adam_by_tensor import LAMB
 from steepest.optim.rules.shampoo import Shampoo
 from steepest.optim.rules.wrappers import Redirecting
+from steepest.optim.wrapper import overrides
 
 LLOYD = 10
 """Iterations of k-means."""

@@ -7,7 +7,7 @@ P `[rank, n]`, a wide one from the left, P^T G with P `[m, rank]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,10 +18,12 @@ from steepest.optim import linalg
 from steepest.optim.live import Hyper
 from steepest.optim.quantisation import MIN_QUANTISED
 from steepest.optim.recipe import HIDDEN, Recipe
-from steepest.optim.rule import Rule, State, Wrapper, ema
+from steepest.optim.roles import NamedRole
+from steepest.optim.rule import Rule, State, ema
 from steepest.optim.rules.adam import TwoMoments, adam_for_the_rest
 from steepest.optim.rules.eight_bit import Quantised
 from steepest.optim.rules.factored import Adafactor
+from steepest.optim.wrapper import Wrapper
 
 FAMILY = "low rank"
 
@@ -228,17 +230,25 @@ class Conda(LateAdamW):
         return h.scale * h.scale1 * up(adapted, basis, grad), {"exp_avg": m, "exp_avg_sq": v}
 
 
-def low_rank(name: str, rule: Rule, year: int, paper: str, state: str, *differs: str) -> Recipe:
+def low_rank(
+    name: str,
+    rule: Rule,
+    year: int,
+    paper: str,
+    state: str,
+    *differs: str,
+    adapt: Callable[[NamedRole, Tensor], Mapping[str, Any]] | None = None,
+) -> Recipe:
     """Return a recipe of this family: hidden matrices by `rule`, AdamW for the rest."""
     rest = (adam_for_the_rest(HIDDEN),)
-    return Recipe(name, rule, FAMILY, year, paper, state, parts=rest, differs=differs)
+    return Recipe(name, rule, FAMILY, year, paper, state, parts=rest, differs=differs, adapt=adapt)
 
 
-def state_8bit() -> str:
-    """Return the bytes of a projection and of 8-bit moments of the projected matrix."""
+def moments_8bit() -> str:
+    """Return the bytes of 8-bit moments of the projected matrix."""
     size = "min(rank, m, n) * max(m, n)"
     codes = f"2 * ({size} + 4 * -(-{size} // block_size)) if {size} >= {MIN_QUANTISED}"
-    return f"4 * min(rank, m, n) * min(m, n) + ({codes} else 8 * {size})"
+    return f"({codes} else 8 * {size})"
 
 
 GALORE = "Zhao et al., arXiv:2403.03507"
@@ -271,7 +281,7 @@ RECIPES = (
         GaLore(inner=Quantised(inner=EarlyAdamW(lr=1e-2, weight_decay=0.0))),
         2024,
         f"{GALORE}; 8-bit states arXiv:2110.02861",
-        state_8bit(),
+        f"4 * min(rank, m, n) * min(m, n) + {moments_8bit()}",
         "galore_torch passes arguments to bitsandbytes by position: with bitsandbytes 0.50 it "
         "limits the norm of the step, and matrices too small for 8 bits do not move.",
         "GaLore was published with blocks of 2048, bitsandbytes' default before 0.44.",

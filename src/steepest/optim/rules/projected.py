@@ -10,10 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from steepest.errors import UserError
 from steepest.optim import random
+from steepest.optim.grid import Grid, from_grid, pack, to_grid, unpack
+from steepest.optim.int8 import Int8Weight
 from steepest.optim.live import Hyper
-from steepest.optim.quantisation import spread
-from steepest.optim.rule import State, one_of
+from steepest.optim.roles import NamedRole
+from steepest.optim.rule import State, compute_dtype, one_of
 from steepest.optim.rules.adam import TwoMoments
 from steepest.optim.rules.eight_bit import Quantised
 from steepest.optim.rules.lowrank import (
@@ -21,10 +24,11 @@ from steepest.optim.rules.lowrank import (
     GaLore,
     channels,
     down,
+    is_tall,
     limited,
     low_rank,
+    moments_8bit,
     shapes,
-    state_8bit,
 )
 
 
@@ -91,27 +95,34 @@ class Apollo(TwoMoments):
         return h.scale * h.correction * scaled, new
 
 
-def on_grid(values: Tensor, bits: int, group_size: int, uniform: Tensor | None = None) -> Tensor:
-    """Return values rounded to 2^bits equidistant ones per group, row by row, zero among them.
+def rounded(moved: Tensor, param: Tensor, group_size: int, key: Tensor, h: Hyper) -> Tensor:
+    """Return new values of a parameter rounded at random to 8 bits, as it stores them.
 
-    The grid of a group is as long as its values' range. It has to hold zero, so that of values of
-    one sign those beyond its end are clipped (the authors' quantiser). Rounds to nearest, or with
-    `uniform` numbers up with the probability of the distance from the lower one.
+    Raises UserError if it stores them in groups of another size.
     """
-    flat = values.flatten()
-    ends = flat[-1:].expand(-len(flat) % group_size)
-    groups = torch.cat([flat, ends]).view(-1, group_size)
-    top = 2.0**bits - 1
-    low, high = groups.aminmax(dim=1)
-    step = (high - low).clamp(min=1e-5) / top
-    zero = (-(low / step).round()).clamp(0, top)
-    zero, step = (spread(t, flat, group_size) for t in (zero, step))
-    scaled = flat / step
-    if uniform is None:
-        codes = scaled.round()
-    else:
-        codes = scaled.floor() + (uniform.flatten() < scaled - scaled.floor())
-    return (((codes + zero).clamp(min=0, max=top) - zero) * step).view_as(values)
+    uniform = random.uniform(random.fold(key, h.step), moved.shape, moved.dtype)
+    grid = to_grid(moved, 8, group_size, uniform)
+    if not isinstance(param, Int8Weight):
+        return from_grid(grid, group_size)
+    if param.transposed or param.group_size != group_size:
+        raise UserError(
+            f"A parameter of shape {tuple(param.shape)} is stored in groups of {param.group_size}, "
+            f"{'columns' if param.transposed else 'rows'} first, and can't be rounded in groups of "
+            f"{group_size} rows first; make a new optimizer with that group_size."
+        )
+    return Int8Weight(grid, group_size, param.dtype)
+
+
+def plain(param: Tensor) -> Tensor:
+    """Return a parameter's values in the dtype that rules compute in, where int8 stores them."""
+    if not isinstance(param, Int8Weight):
+        return param
+    return param.dequantize(compute_dtype(param.dtype))
+
+
+def group_size_of(named: NamedRole, param: Tensor) -> Mapping[str, Any]:
+    """Return the group size of a parameter that is stored in int8."""
+    return {"group_size": param.group_size} if isinstance(param, Int8Weight) else {}
 
 
 @dataclass(frozen=True)
@@ -127,13 +138,16 @@ class QApollo(Apollo):
 
     Q rounds up or down at random, so that the mean is kept, to 256 equidistant values per group of
     `group_size` weights, row by row; zero is among them, and a group of one sign is clipped to its
-    range from zero. The parameter holds such values in its own dtype (float32 exactly): what
-    training in int8 does to the loss is seen, but no memory is saved. Given weights are not rounded
-    before the first step. Q-APOLLO-Mini is rank 1, scale sqrt(128), scale_type "tensor".
+    range from zero. `steepest.int8_weights` stores a model's hidden matrices so, in 1 byte and
+    5 / group_size per weight. Float parameters take the same values, in their own dtype (float32
+    exactly), without saving memory; given ones are not rounded before the first step. Q-APOLLO-Mini
+    is rank 1, scale sqrt(128), scale_type "tensor".
     """
 
     eps: float = 1e-8
     group_size: int = 128
+
+    rounds_to_int8: ClassVar[bool] = True
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> dict[str, float]:
         """Return the bias corrections, all before the limiter, and the step when P was drawn."""
@@ -144,43 +158,107 @@ class QApollo(Apollo):
         self, param: Tensor, direction: Tensor, state: State, h: Hyper
     ) -> tuple[Tensor, State]:
         """Return the parameter after the step, rounded to int8 at random."""
-        moved, new = super().move(param, direction, state, h)
-        uniform = random.uniform(random.fold(state["key"], h.step), moved.shape, moved.dtype)
-        return on_grid(moved, 8, self.group_size, uniform), new
+        moved, new = super().move(plain(param), direction, state, h)
+        return rounded(moved, param, self.group_size, state["key"], h), new
 
 
 @dataclass(frozen=True)
 class QGaLore(GaLore):
     """Q-GaLore, GaLore in few bits (Zhang et al., 2024, arXiv:2407.08296, section 3.5).
 
-    every `update_interval` steps P <- Q(the `rank` leading singular vectors of G), to nearest
+    every T steps P <- Q(the `rank` leading singular vectors of G), to nearest
     R = G P^T (P^T G if G has more columns than rows);  u = scale back(method's direction for R)
     w <- Q(w - lr (u + wd w)), up or down at random
 
+    T starts as `update_interval`, and is doubled at a refresh where the leading singular vector and
+    that of the refresh before have had a cosine (without its sign) of at least `cos_threshold` in
+    the mean of the last `queue_size` refreshes; above 1 it never is. Whether a refresh is due is
+    read by the host every `update_interval` steps.
+
     Q rounds to equidistant values per group of `group_size`, row by row: 256 for weights, at random
     so that the mean is kept, and 2^`projection_bits` for P; zero is among them, and a group of one
-    sign is clipped to its range from zero. The parameter holds such values in its own dtype
-    (float32 exactly), P in float32: what few bits do to the loss is seen, but of their memory only
-    that of the moments is saved. Given weights are not rounded before the first step.
+    sign is clipped to its range from zero. P is stored in its codes, two to a byte up to 4 bits.
+    `steepest.int8_weights` stores a model's hidden matrices so, in 1 byte and 5 / group_size per
+    weight. Float parameters take the same values, in their own dtype (float32 exactly), without
+    saving memory; given ones are not rounded before the first step.
     """
 
     projection_bits: int = 4
     group_size: int = 256
+    cos_threshold: float = 0.4
+    queue_size: int = 5
 
     draws: ClassVar[bool] = True
+    rounds_to_int8: ClassVar[bool] = True
+
+    def init(self, param: Tensor) -> State:
+        """Return the method's state, codes of a projection, zero, and nothing of its history."""
+        state = super().init(param)
+        projection = state.pop("projection")
+        return {
+            **state,
+            **self._stored(projection),
+            "leading": projection.new_zeros(min(param.shape[0], param[0].numel())),
+            "cosines": projection.new_full((self.queue_size,), -math.inf),
+            "intervals": projection.new_zeros(()),
+        }
+
+    def due(self, state: State, h: Hyper) -> Tensor:
+        """Say whether the refresh is due: T is so many update intervals, 0 before the first."""
+        interval = state["intervals"] * self.update_interval
+        due: Tensor = (interval == 0) | ((h.step - 1).remainder(interval) == 0)
+        return due
 
     def prepare(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
-        """Return the projection on the leading singular vectors, rounded."""
-        exact = super().prepare(grad, param, state, h)["projection"]
-        return {"projection": on_grid(exact, self.projection_bits, self.group_size)}
+        """Return the projection on the leading singular vectors, rounded, and how it has turned."""
+        projection = super().prepare(grad, param, state, h)["projection"]
+        leading = projection[0] if is_tall(grad) else projection[:, 0]
+        first = state["intervals"] == 0
+        cosine = (leading * state["leading"]).sum(0, keepdim=True).abs()
+        cosines = torch.cat([state["cosines"][1:], cosine])
+        cosines = torch.where(first, state["cosines"], cosines)
+        intervals = torch.where(first, 1.0, state["intervals"])
+        new = {
+            **self._stored(projection),
+            "leading": leading,
+            "cosines": cosines,
+            "intervals": torch.where(cosines.mean() >= h.cos_threshold, 2.0, 1.0) * intervals,
+        }
+        due = self.due(state, h)
+        return {name: torch.where(due, value, state[name]) for name, value in new.items()}
+
+    def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
+        """Return the method's direction for the projected gradient, projected back."""
+        projection = self._read(state, shapes(grad, self._rank(grad))[0])
+        return super().update(grad, param, {**state, "projection": projection}, h)
 
     def move(
         self, param: Tensor, direction: Tensor, state: State, h: Hyper
     ) -> tuple[Tensor, State]:
         """Return the parameter after the step, rounded to int8 at random."""
-        moved, new = super().move(param, direction, state, h)
-        uniform = random.uniform(random.fold(state["key"], h.step), moved.shape, moved.dtype)
-        return on_grid(moved, 8, self.group_size, uniform), new
+        moved, new = super().move(plain(param), direction, state, h)
+        return rounded(moved, param, self.group_size, state["key"], h), new
+
+    def _stored(self, projection: Tensor) -> State:
+        """Return a projection rounded to nearest, as it is kept."""
+        codes, scale, zero = to_grid(projection, self.projection_bits, self.group_size)
+        packed = pack(codes) if self.projection_bits <= 4 else codes
+        return {"projection": packed, "projection_scale": scale, "projection_zero": zero}
+
+    def _read(self, state: State, shape: tuple[int, int]) -> Tensor:
+        """Return the projection from what is kept of it."""
+        codes = state["projection"]
+        if self.projection_bits <= 4:
+            codes = unpack(codes, shape)
+        grid = Grid(codes, state["projection_scale"], state["projection_zero"])
+        return from_grid(grid, self.group_size)
+
+
+def few_bits() -> str:
+    """Return the bytes of a projection in codes, with scales and zeros."""
+    size = "min(rank, m, n) * min(m, n)"
+    codes = f"(-(-{size} // 2) if projection_bits <= 4 else {size})"
+    return f"{codes} + 5 * -(-{size} // group_size)"
 
 
 APOLLO = "Zhu et al., arXiv:2412.05270"
@@ -215,14 +293,18 @@ RECIPES = (
         DECAY,
         "The authors' scripts have groups of 256, and their groups must divide the weights.",
         "scaling-for-scaling's rounds to nearest unless told otherwise.",
+        adapt=group_size_of,
     ),
     low_rank(
         "q_galore",
         QGaLore(inner=Quantised(inner=EarlyAdamW(lr=1e-2, weight_decay=0.0))),
         2024,
         "Zhang et al., arXiv:2407.08296",
-        f"{state_8bit()} + 8",
-        "The authors' lazy refresh, which skips singular value decompositions of matrices whose "
-        "first singular vector has settled, is left out.",
+        f"{moments_8bit()} + {few_bits()} + 4 * (min(m, n) + queue_size + 1) + 8",
+        "The authors' cosines have the sign that a singular value decomposition happens to give; "
+        "scaling-for-scaling's threshold is 1, so that no interval is doubled.",
+        "The authors' code keeps the 4-bit codes of projections as floats, and steps weights in "
+        "the dtype of the gradient, where here it is float32.",
+        adapt=group_size_of,
     ),
 )

@@ -140,10 +140,10 @@ class ScionLight(Scion):
 
     d <- (1 - a) d + g;  u = scale edge(d), and the rest as scion
 
-    d is m / a, of which every edge is the same. It is .grad itself: the backward pass adds to what
-    the last step left there, which is (1 - a) d. `optimizer.zero_grad()` leaves it alone;
-    `model.zero_grad()` would clear the momentum. Whoever clips or reads gradients before the step
-    has the sum of all.
+    d is m / a, of which every edge is the same. In a loop that never clears gradients it is .grad
+    itself, to which the backward pass adds what is new, and no memory beside it is needed; but then
+    whoever clips or reads gradients has the sum of all. Where they are cleared (set to None), the
+    optimizer holds the (1 - a) d that the last step left, and adds it to the new ones in the step.
     """
 
     keeps_gradient: ClassVar[bool] = True

@@ -45,9 +45,13 @@ class Mars(Rule):
         """Return gamma b1 / (1 - b1), and 0 where the exact form has no weights to go back to."""
         return 0.0 if self.exact and step == 1 else gamma * b1 / (1 - b1)
 
-    def wants(self, step: int) -> Extra | None:
-        """Return that the exact form wants the gradient at the previous weights, if there are."""
-        return "previous_weights" if self.exact and step > 1 else None
+    def extra(self) -> Extra | None:
+        """Return that the exact form takes the gradient at the previous weights."""
+        return "previous_weights" if self.exact else None
+
+    def wants(self, step: int) -> bool:
+        """Say whether there are previous weights."""
+        return step > 1
 
     def observe(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> State:
         """Return the batch's gradient at the previous weights."""

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from steepest.optim import random
 from steepest.optim.live import Hyper
-from steepest.optim.rule import Rule, State, Wrapper, compute_dtype, overrides
+from steepest.optim.rule import Rule, State, compute_dtype
 from steepest.optim.rules.adam import DecayInside
 from steepest.optim.rules.lowrank import limited
+from steepest.optim.wrapper import Wrapper, overrides
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Cautious(Redirecting):
     """
 
     prefix: ClassVar[str] = "cautious"
+    sees_gradient: ClassVar[bool] = True
 
     def update(self, grad: Tensor, param: Tensor, state: State, h: Hyper) -> tuple[Tensor, State]:
         """Return the inner direction without the elements that oppose the gradient."""
@@ -118,6 +120,7 @@ class AdaptiveClipping(Wrapper):
     eps: float = 1e-3
 
     prefix: ClassVar[str] = "adaptive_clipping"
+    sees_gradient: ClassVar[bool] = True
     reads_param: ClassVar[bool] = True
 
     def clipped(self, grad: Tensor, param: Tensor, h: Hyper) -> Tensor:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from steepest import cli
 from steepest.cli.data import LivePreparation, count, progress_line
+from steepest.cli.train import read as read_run
 from steepest.data import open_tokens
 from steepest.data.preparation import Progress
 from steepest.data.symbols import ByteTokenizer
@@ -40,6 +41,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ]
     Path("good.jsonl").write_text("\n".join(lines))
     Path("empty.jsonl").write_text("")
+    Path("one.txt").write_text("alone")
     packed = gzip.compress("\n".join(lines * 9).encode())
     Path("broken.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     return tmp_path / "good.jsonl"
@@ -64,6 +66,10 @@ WRONG = [
     (("prepare", "good.jsonl", "--out", "."), "is not empty (broken.jsonl.gz is in it)"),
     (("prepare", "empty.jsonl", "--out", "out"), "empty.jsonl"),
     (("prepare", "broken.jsonl.gz", "--out", "out"), "broken.jsonl.gz"),
+    (("prepare", "one.txt", "--out", "out"), "one.txt has one document; at least 2 are needed"),
+    (("prepare", "good.jsonl", "--out", "out", "--tokenizer", "bpe"), "'bpe' needs a vocabulary"),
+    (("prepare", "good.jsonl", "--out", "out", "--tokenizer", "bpe-0"), "at least 257"),
+    (("prepare", "", "--out", "out"), "Corpus '' is neither a name of the catalogue"),
     (("inspect", "out"), "is not a prepared corpus"),
     (("inspect", ".", "--sample", "-1"), "--sample must not be negative"),
 ]
@@ -81,7 +87,9 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     if arguments[0] == "prepare" and "--tokenizer" not in arguments:
         arguments = (*arguments, "--tokenizer", "bytes")
     assert run(monkeypatch, *arguments) == 2
-    message = capsys.readouterr().err.strip()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    message = printed.err.strip()
     assert message.startswith("steepest: ")
     assert right in message
     assert "\n" not in message
@@ -133,6 +141,21 @@ def test_a_trained_tokenizer_is_made_once(
     assert "Reading the training documents" not in capsys.readouterr().out
 
 
+def test_a_run_takes_the_vocabulary_of_a_prepared_folder(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["prepare", "good.jsonl", "--tokenizer", "bytes", "--out", "out"]
+    assert run(monkeypatch, *command, "--held-out", "0.1") == 0
+    for arguments in (["--model", "llama-9m", "--data", "out"], ["--data=out"]):
+        config, _ = read_run(arguments)
+        assert (config.data.corpus, config.data.vocab_size) == ("out", 257)
+        assert config.model.vocab_size > 257
+    config, _ = read_run(["--data", "out", "--model.vocab-size", "257"])
+    assert config.model.vocab_size == 257
+    with pytest.raises(UserError, match=r"is 256, smaller than .* set model\.vocab_size to 257 or"):
+        read_run(["--data", "out", "--model.vocab-size", "256"])
+
+
 def test_a_damaged_shard_is_named(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +201,7 @@ def test_every_command_has_help(
         ("1,024", 1024),
         ("7", 7),
         ("1T", 10**12),
+        ("9_007_199_254_740_993", 2**53 + 1),
     ],
 )
 def test_numbers_may_have_units(text: str, number: int) -> None:

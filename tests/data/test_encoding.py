@@ -77,7 +77,7 @@ from steepest.data.sources import open_source
 from steepest.data.symbols import ByteTokenizer
 if __name__ == "__main__":
     prepare(open_source(sys.argv[1]), ByteTokenizer(), Path(sys.argv[2]), workers=2,
-            shard_tokens=2_000_000)
+            shard_tokens=1_000_000)
 """
 
 
@@ -85,7 +85,7 @@ if __name__ == "__main__":
 def test_workers_give_the_same_and_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     with corpus.open("w") as file:
-        for text in texts(40_000, longest=100):
+        for text in texts(20_000, longest=100):
             file.write(f'{{"text": "{text}"}}\n')
     script = tmp_path / "work.py"
     script.write_text(WORK)
@@ -103,7 +103,7 @@ def test_workers_give_the_same_and_end_when_their_parent_is_killed(tmp_path: Pat
         time.sleep(0.05)
     assert not Index.read(tmp_path / "out").complete
     for folder in ("out", "whole"):
-        prepare(open_source(str(corpus)), BYTES, tmp_path / folder, shard_tokens=2_000_000)
+        prepare(open_source(str(corpus)), BYTES, tmp_path / folder, shard_tokens=1_000_000)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

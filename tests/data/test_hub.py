@@ -170,7 +170,7 @@ def test_what_the_hub_does_not_have_is_told(tmp_path: Path) -> None:
             HubSource("fw", str(fineweb), "sample-100BT", column="body"),
             "'body' in .*columns are text, id, dump, url",
         ),
-        (HubSource("fw", str(fineweb), "sample-100BT", column="token_count"), "row 1 .* a int"),
+        (HubSource("fw", str(fineweb), "sample-100BT", column="token_count"), "row 1 .* holds int"),
         (HubSource("c4", str(folder), "fr"), "'fr' not found. Available: .'en', 'realnewslike'"),
         (HubSource("c4", str(folder)), "Config name is missing.*'en', 'realnewslike'"),
         (HubSource("x", str(tmp_path / "none")), "x .*cannot be loaded .*Couldn't find any data"),

@@ -249,9 +249,12 @@ def test_a_source_that_breaks_or_changes_underneath(
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (ListSource([]), "has no documents for validation"),
+        (ListSource([]), "made-up has no documents; at least 2 are needed"),
+        (ListSource(["a"]), "made-up has one document; at least 2 are needed"),
+        (ListSource(["a", "b"], []), "has no documents for validation"),
         (ListSource(["a"] * 40), "None of the 40 documents of made-up falls into the share of 0.1"),
         (ListSource([], ["a"]), "has no documents for train"),
+        (ListSource(["9"] * 40), "All 40 documents of made-up are held out; hold out a smaller"),
     ],
 )
 def test_a_split_without_documents_is_refused(
@@ -259,8 +262,7 @@ def test_a_split_without_documents_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         prepare(source, BYTES, tmp_path / "out", held_out=0.1)
-    if source.validation is None:
-        assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_sources_leave_nothing(tmp_path: Path) -> None:
@@ -275,8 +277,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not empty \(thesis.tex is in it\)"):
         prepare(ListSource(texts(10)), BYTES, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(UserError, match="cannot be written to: it is not a folder"):
-        prepare(ListSource(texts(10)), BYTES, tmp_path / "thesis.tex" / "out")
+    for place, words in (
+        (tmp_path / "thesis.tex" / "out", "it is not a folder; choose another"),
+        (tmp_path / ("x" * 300), "too long; choose another"),
+    ):
+        with pytest.raises(UserError, match=f"cannot be written to: .*{words}"):
+            prepare(ListSource(texts(10)), BYTES, place)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ ZSTD = written.zstandard_compressed(LINES)
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "no valid JSON in line 2 of .*a.jsonl"),
         ("a.jsonl", b'{"url": "a", "body": "b"}\n', "'text' in line 1 of .*columns are url, body"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', "one JSON object .*line 2 of .*holds a list"),
-        ("a.jsonl", b'{"text": 3}\n', "'text' of line 1 of .*a.jsonl holds a int instead of text"),
+        ("a.jsonl", b'{"text": 3}\n', "'text' of line 1 of .*a.jsonl holds int instead of text"),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', "line 1 of .*half a surrogate pair .character 1"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl is not UTF-8 .byte 24"),
         ("a.jsonl", b"\n \n", "a.jsonl holds no rows"),

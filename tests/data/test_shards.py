@@ -19,6 +19,8 @@ from steepest.data.symbols import ByteTokenizer, CharacterTokenizer
 from steepest.data.verifying import verify
 from steepest.errors import UserError
 
+SOURCE = ListSource(texts(300))
+ARGUMENTS = {"held_out": 0.1, "shard_tokens": 9_000}
 WHOLE = np.arange(100, dtype=np.uint16) * 3
 CUTS = [(), (50,), (0, 1, 1, 40, 99, 100)]
 
@@ -80,7 +82,7 @@ def test_documents_of_a_split() -> None:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "corpus"
-    prepare(ListSource(texts(300)), ByteTokenizer(), folder, held_out=0.1, shard_tokens=9_000)
+    prepare(SOURCE, ByteTokenizer(), folder, **ARGUMENTS)
     return folder
 
 
@@ -120,6 +122,8 @@ def test_opening_finds_what_is_missing_or_cut_short(copied: Path, suffix: str) -
         open_tokens(copied)
     with pytest.raises(UserError, match=r"00000.\w+ (cannot be read|is missing)"):
         verify(copied)
+    with pytest.raises(UserError, match=rf"00000.{suffix} is missing; .*, into another folder"):
+        prepare(SOURCE, ByteTokenizer(), copied, **ARGUMENTS)  # no word of all being there
 
 
 def test_another_tokenizer_is_noticed(copied: Path) -> None:

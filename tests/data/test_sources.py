@@ -187,6 +187,8 @@ def test_any_dataset_of_the_hub_can_be_named(corpus: str, hub: str, config: str 
             "catalogue .sotu, c4, fineweb.* nor an existing file",
         ),
         ({}, ("data/train.jsonl", None), "'data/train.jsonl' is neither"),
+        ({}, ("long" * 99, None), "longlong' is neither a name"),
+        ({"a.txt": b"a"}, ("", None), "Corpus '' is neither a name"),
         ({"a.csv": b"1"}, (".", None), "holds no file to read: none ends in .txt, .jsonl"),
         ({"a.csv": b"1"}, ("a.csv", None), "a.csv cannot be read: it must end in .txt, .jsonl"),
         ({"a.jsonl": b"{}", "b.parquet": b""}, (".", None), "b.parquet is empty; remove it"),

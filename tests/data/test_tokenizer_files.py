@@ -111,7 +111,7 @@ def test_the_end_is_the_configured_one(
 
 def test_an_end_that_is_not_known_is_asked_for(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({"a": 0, "z": 1}, unk_token="a")).save(str(tmp_path / "my.json"))
-    with pytest.raises(UserError, match="which token ends a document; name it with --end_token"):
+    with pytest.raises(UserError, match="which token ends a document; name it with --end-token"):
         open_tokenizer(str(tmp_path / "my.json"))
     assert open_tokenizer(str(tmp_path / "my.json"), end="z").end == 1
 
@@ -260,6 +260,7 @@ def open_all(names: list[str], folder: Path, endpoint: str) -> list[str]:
     return printed
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_the_hub_is_fetched_once(hub: str, tmp_path: Path) -> None:
     (tmp_path / "served" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "served" / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')

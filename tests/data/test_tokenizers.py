@@ -63,8 +63,9 @@ def test_ids_do_not_depend_on_the_batch(tokenizer: Tokenizer) -> None:
 def test_saved_or_pickled_it_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
     expected = tokenizer.encode_batch(HARD)
+    loaded = load_tokenizer(tmp_path / "tokenizer")
     for other in (
-        load_tokenizer(tmp_path / "tokenizer"),
+        loaded,
         pickle.loads(pickle.dumps(tokenizer)),
         open_tokenizer(str(tmp_path / "tokenizer")),  # as any Hugging Face tokenizer
         open_tokenizer(str(tmp_path / "tokenizer" / "tokenizer.json")),
@@ -74,9 +75,9 @@ def test_saved_or_pickled_it_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -
         for one, two in zip(other.encode_batch(HARD), expected, strict=True):
             assert np.array_equal(one, two)
         assert other.decode(expected[4]) == HARD[4]
-    assert load_tokenizer(tmp_path / "tokenizer").name == tokenizer.name
+    assert loaded.name == tokenizer.name
     files = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
-    load_tokenizer(tmp_path / "tokenizer").save(tmp_path / "again")
+    loaded.save(tmp_path / "again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from steepest.cli.export import Export, export_model
 from steepest.cli.generate import Generate, generate_text
 from steepest.cli.models import Models, list_models
 from steepest.cli.optimizers import Memory, Optimizers, memory, optimizers
+from steepest.cli.plan import Plan, plan_run
 from steepest.cli.race import Race, Report, race, report
 from steepest.cli.train import Train, train_one
 from steepest.errors import UserError, unknown
@@ -21,6 +23,8 @@ from steepest.errors import UserError, unknown
 
 def main() -> None:
     """Run the command line: print the error and exit with 2 for input that cannot work."""
+    # torch warns about its own code when it compiles.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")
     arguments = sys.argv[1:]
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -52,6 +56,7 @@ def overview() -> None:
 COMMANDS: dict[str, tuple[type[Any], Callable[[list[str]], None]]] = {
     "race": (Race, race),
     "train": (Train, train_one),
+    "plan": (Plan, plan_run),
     "report": (Report, report),
     "export": (Export, export_model),
     "generate": (Generate, generate_text),

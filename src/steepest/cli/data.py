@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from tyro.conf import Positional
 from steepest.cli.arguments import parse
 from steepest.data import preparation, verifying
 from steepest.data.preparation import Progress
-from steepest.data.shards import Index, map_split
+from steepest.data.shards import Index, is_prepared, map_split
 from steepest.data.sources import Source, corpora, open_source
 from steepest.data.tokenizers import Tokenizer, load_tokenizer, named, open_tokenizer
 from steepest.errors import UserError, unknown
@@ -198,7 +199,7 @@ def count(flag: str, text: str) -> int:
     match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)\s*([kmbt]?)", text.strip().lower())
     number = 0
     if match:
-        number = round(float(re.sub("[_,]", "", match[1])) * UNITS[match[2]])
+        number = round(Fraction(re.sub("[_,]", "", match[1])) * UNITS[match[2]])
     if number < 1:
         raise UserError(f"{flag} must be a number such as 500k, 10M or 1B, not {text!r}.")
     return number
@@ -258,16 +259,19 @@ def progress_line(progress: Progress) -> str:
 
 def _tokenizer(args: Prepare, source: Source, console: Console) -> Tokenizer:
     """Open the tokenizer; the one that the folder was begun with need not be trained again."""
-    if (args.out / "index.json").exists():
+    if is_prepared(args.out):
         begun = Index.read(args.out).recipe
         same = begun.tokenizer == args.tokenizer and args.vocab_size in (None, begun.vocab_size)
         if same and args.end_token is None:
             return load_tokenizer(args.out / "tokenizer")
-    if args.tokenizer.startswith(("bpe", "chars")):
+
+    def documents() -> Iterator[str]:
         console.print("Reading the training documents to make the tokenizer ...")
+        return preparation.training_documents(source, args.held_out)
+
     return open_tokenizer(
         args.tokenizer,
-        documents=lambda: preparation.training_documents(source, args.held_out),
+        documents=documents,
         vocab_size=args.vocab_size,
         end=args.end_token,
     )

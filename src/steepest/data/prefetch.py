@@ -6,19 +6,21 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from steepest.data.packing import Batch
 
+Step = TypeVar("Step")
+
 DEPTH = 3
 """Batches that may be ready before they are asked for."""
 
 
 class Prefetcher:
-    """An iterator over `make(step)` for each step, in order, on `device`.
+    """An iterator over `make(step)` for each step, whatever says which, in order, on `device`.
 
     A thread calls `make` and keeps at most `DEPTH` batches ready. For a CUDA device it puts them
     into pinned buffers that are used again once the copy out of them is done on the GPU, so that
@@ -27,7 +29,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, make: Callable[[int], Batch], steps: Iterable[int], device: torch.device
+        self, make: Callable[[Step], Batch], steps: Iterable[Step], device: torch.device
     ) -> None:
         self._device = device
         # What the thread fills, and gets back: batches on the CPU, buffers with CUDA.
@@ -74,8 +76,10 @@ class Prefetcher:
         self._free.put(None)  # wakes it
         self._thread.join()
 
-    def _fill(self, make: Callable[[int], Batch], steps: Iterator[int]) -> None:
+    def _fill(self, make: Callable[[Step], Batch], steps: Iterator[Step]) -> None:
         try:
+            if self._device.type == "cuda":  # pinning would make a context on the first GPU
+                torch.cuda.set_device(self._device)
             for step in steps:
                 buffer = self._free.get()
                 if self._closed.is_set():

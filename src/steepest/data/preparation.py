@@ -23,7 +23,7 @@ import numpy as np
 from steepest import files
 from steepest.data import shards
 from steepest.data.encoding import HASHES, Chosen, EncodeAll, content_hash, encoders
-from steepest.data.shards import Index, Recipe, Shard, SplitEntry, disk_errors
+from steepest.data.shards import INDEX, Index, Recipe, Shard, SplitEntry, disk_errors, is_prepared
 from steepest.data.token_stream import Piece, TokenStream
 from steepest.data.workplace import begin, claimed, discard, keep_tokenizer
 from steepest.errors import UserError
@@ -110,7 +110,7 @@ def prepare(
             with encoders(tokenizer, keep_tokenizer(tokenizer, folder), workers) as encode_all:
                 return _continued(source, folder, index, encode_all, on_progress)
         finally:
-            if not (folder / "index.json").exists():
+            if not is_prepared(folder):
                 discard(folder)
 
 
@@ -184,6 +184,8 @@ def _write(folder: Path, index: Index, split: str, stream: TokenStream) -> Index
         index = index.with_split(split, entry)
         index.write(folder)
     if not index.splits[split].shards:
+        # Of no use then, validation included: `prepare` removes what has no index.
+        (folder / INDEX).unlink(missing_ok=True)
         raise _empty(index.recipe, split, stream.read)
     entry = SplitEntry(index.splits[split].shards, stream.read, complete=True)
     index = index.with_split(split, entry)
@@ -241,8 +243,13 @@ def _reporter(
 
 
 def _empty(recipe: Recipe, split: str, read: int) -> UserError:
-    if recipe.held_out is None or not read:
+    if recipe.held_out is None:
         return UserError(f"Corpus {recipe.source} has no documents for {split}.")
+    if read < 2:
+        return UserError(
+            f"Corpus {recipe.source} has {'one document' if read else 'no documents'}; at least 2 "
+            "are needed, since whole documents are held out for validation."
+        )
     if split == "validation":
         return UserError(
             f"None of the {read:,} documents of {recipe.source} falls into the share of "

@@ -101,7 +101,7 @@ def checked_text(value: object, column: str, where: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise UserError(
-            f"Column {column!r} of {where} holds a {type(value).__name__} instead of text; "
+            f"Column {column!r} of {where} holds {type(value).__name__} instead of text; "
             "name the column that holds the text."
         )
     try:

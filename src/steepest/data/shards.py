@@ -32,9 +32,14 @@ from steepest.data.splits import ShardedArray, TokenSplit
 from steepest.errors import UserError
 
 FORMAT = 1
+INDEX = "index.json"
 SPLITS = ("train", "validation")
 DTYPES = {"tokens": "", "ends": "<i8", "hashes": "<u8"}
 """The three files of a shard; the type of tokens depends on the vocabulary."""
+AGAIN = "prepare the corpus again, into another folder."
+"""What to do when it failed later."""
+CONTINUES = "; what is complete was kept, and the same command continues from there."
+"""What to do when the disk fails on the way."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,12 @@ class Index:
         """Write index.json atomically."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         with disk_errors(folder):
-            files.write_text(folder / "index.json", json.dumps(content, indent=1) + "\n")
+            files.write_text(folder / INDEX, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read index.json; raise UserError if there is none or it is not one."""
-        path = folder / "index.json"
+        path = folder / INDEX
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -167,13 +172,12 @@ class Index:
                 "make one with `steepest data prepare`."
             ) from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}; prepare the corpus again.") from None
+            raise UserError(f"{path} cannot be read: {error}; {AGAIN}") from None
         try:
             return cls._from(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{path} is damaged or of another version of steepest ({error}); "
-                "prepare the corpus again."
+                f"{path} is damaged or of another version of steepest ({error}); {AGAIN}"
             ) from None
 
     @classmethod
@@ -188,6 +192,16 @@ class Index:
 def _entry(content: dict[str, Any]) -> SplitEntry:
     shards = tuple(Shard(**shard) for shard in content.pop("shards"))
     return SplitEntry(shards=shards, position=Position(**content.pop("position")), **content)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Return whether a preparation has come as far as an index in the folder."""
+    try:
+        return (folder / INDEX).is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def path_of(folder: Path, split: str, number: int, kind: str) -> Path:
@@ -217,10 +231,7 @@ def map_files(folder: Path, index: Index, split: str, kind: str) -> list[npt.NDA
         size = path.stat().st_size if path.exists() else -1
         if size != length * dtype.itemsize:
             found = f"has {size:,} bytes instead of" if size >= 0 else "is missing; it should have"
-            raise UserError(
-                f"{path} {found} {length * dtype.itemsize:,}; restore it or prepare the corpus "
-                "again."
-            )
+            raise UserError(f"{path} {found} {length * dtype.itemsize:,}; restore it or {AGAIN}")
         arrays.append(np.memmap(path, dtype, mode="r") if length else np.empty(0, dtype))
     return arrays or [np.empty(0, dtype)]
 
@@ -243,8 +254,11 @@ def count_common(folder: Path, index: Index) -> int:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn the errors of a disk that is full or may not be written to into a sentence."""
+def disk_errors(folder: Path, then: str = CONTINUES) -> Iterator[None]:
+    """Turn the errors of a disk that is full or may not be written to into a sentence and `then`.
+
+    What is no error of a file is raised as it is.
+    """
     try:
         yield
     except OSError as error:
@@ -258,9 +272,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
             errno.ENOTDIR: "it is not a folder",
             errno.EEXIST: "it is not a folder",
         }
-        if error.errno not in reasons:
+        if error.errno not in reasons and error.filename is None:
             raise
-        raise UserError(
-            f"{folder} cannot be written to: {reasons[error.errno]}. What is complete was kept; "
-            "the same command continues from there."
-        ) from error
+        reason = reasons.get(error.errno or 0, error.strerror)
+        raise UserError(f"{folder} cannot be written to: {reason}{then}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def open_source(corpus: str, *, text_column: str | None = None) -> Source:
     if corpus.startswith("hf:"):
         return _from_hub(corpus.removeprefix("hf:"), text_column)
     path = Path(corpus).expanduser()
-    if path.exists():
+    if corpus and os.path.exists(path):  # False also of names too long for one
         return open_files(path, corpus, text_column)
     hub, _, _ = corpus.partition(":")
     if ID.fullmatch(hub) and not hub.endswith(SUFFIXES):

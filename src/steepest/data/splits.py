@@ -109,7 +109,9 @@ class TokenSplit:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text that a token stands for on average."""
+        """UTF-8 bytes of text that a token stands for on average: nats per token divided by it and
+        by ln 2 are bits per byte.
+        """
         return self.bytes / len(self.tokens)
 
     def document(self, number: int) -> npt.NDArray[Any]:

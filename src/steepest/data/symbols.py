@@ -12,8 +12,6 @@ from steepest.data import vocabulary
 from steepest.data.vocabulary import END_OF_DOCUMENT, Ids, Json
 from steepest.errors import UserError
 
-CODE_POINTS = 0x110000
-
 
 class ByteTokenizer:
     """The UTF-8 bytes of a text as ids 0 to 255, and 256 for the end of a document. Lossless."""

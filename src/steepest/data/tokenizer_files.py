@@ -164,7 +164,7 @@ def _end_id(ids: dict[str, int], special: dict[str, int], name: str, end: str | 
         if len(usual) != 1:
             raise UserError(
                 f"Tokenizer {name} doesn't say which token ends a document; name it with "
-                "--end_token."
+                "--end-token."
             )
         end = usual[0]
     if end not in ids:

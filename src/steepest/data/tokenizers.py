@@ -119,11 +119,13 @@ def _open_own(name: str, documents: Documents | None, vocab_size: int | None) ->
 
 
 def _train_bpe(name: str, documents: Documents, vocab_size: int | None) -> HuggingFaceTokenizer:
-    size = int(name.partition("-")[2] or 0) or vocab_size
+    digits = name.partition("-")[2]
+    size = int(digits) if digits else vocab_size
     if size is None:
         raise UserError("Tokenizer 'bpe' needs a vocabulary size, for example 'bpe-32000'.")
     if vocab_size not in {None, size}:
         raise UserError(f"Tokenizer {name!r} can't have a vocab_size of {vocab_size:,}.")
+    bpe.check_vocab_size(size)  # before there is much to read
     trained = bpe.train(_first(documents()), size)
     return tokenizer_files.open_description(trained.to_str(), f"bpe-{size}", END_OF_DOCUMENT)
 

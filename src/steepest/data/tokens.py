@@ -48,11 +48,6 @@ class TokenData:
     description: str
     """One line."""
 
-    @property
-    def validation_bytes_per_token(self) -> float:
-        """UTF-8 bytes per validation token: it turns nats per token into bits per byte."""
-        return self.validation.bytes_per_token
-
 
 def open_tokens(folder: Path) -> TokenData:
     """Open what `steepest data prepare` wrote; nothing is read before it is asked for.

@@ -10,7 +10,7 @@ import numpy as np
 
 from steepest.data import shards
 from steepest.data.encoding import HASHES
-from steepest.data.shards import DTYPES, SPLITS, Index, path_of
+from steepest.data.shards import AGAIN, DTYPES, SPLITS, Index, path_of
 from steepest.data.tokenizers import Tokenizer, load_tokenizer
 from steepest.errors import UserError
 
@@ -50,7 +50,7 @@ def tokenizer_of(folder: Path, index: Index) -> Tokenizer:
         raise UserError(
             f"The tokenizer in {folder / 'tokenizer'} ({tokenizer.name}, {tokenizer.fingerprint}) "
             f"is not the one that made the shards ({index.recipe.tokenizer}, "
-            f"{index.recipe.tokenizer_fingerprint}); restore it or prepare the corpus again."
+            f"{index.recipe.tokenizer_fingerprint}); restore it or {AGAIN}"
         )
     return tokenizer
 
@@ -63,8 +63,8 @@ def _check_sum(path: Path, expected: str) -> None:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if found != expected:
         raise UserError(
-            f"{path} is damaged: its SHA-256 is {found} instead of {expected}; restore it or "
-            "prepare the corpus again."
+            f"{path} is damaged: its SHA-256 is {found} instead of {expected}; "
+            f"restore it or {AGAIN}"
         )
 
 

@@ -7,13 +7,13 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steepest.data.shards import DTYPES, SPLITS, Index, Recipe, disk_errors
+from steepest import files
+from steepest.data.shards import DTYPES, SPLITS, Index, Recipe, disk_errors, is_prepared, map_files
 from steepest.data.vocabulary import ABOUT
 from steepest.errors import UserError
 
@@ -33,8 +33,8 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises UserError if another process works in it or it can't be written to. If it was made here
     and nothing is in it in the end, it is removed again.
     """
-    existed = folder.is_dir()
-    with disk_errors(folder):
+    with disk_errors(folder, "; choose another folder."):
+        existed = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+", encoding="utf-8")
     with lock:
@@ -53,7 +53,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 lock.flush()
             yield
         finally:
-            if not (folder / "index.json").exists():
+            if not is_prepared(folder):
                 (folder / LOCK).unlink(missing_ok=True)
                 if not existed:
                     with suppress(OSError):  # something is in it
@@ -63,11 +63,15 @@ def claimed(folder: Path) -> Iterator[None]:
 def begin(folder: Path, recipe: Recipe) -> Index:
     """Return the index in the folder, or a new one; remove what a killed process left unfinished.
 
-    Raises UserError if the folder holds a corpus of another recipe, or something else.
+    Raises UserError if the folder holds a corpus of another recipe or something else, or lacks a
+    file that its index names.
     """
-    if (folder / "index.json").exists():
+    if is_prepared(folder):
         index = Index.read(folder)
         _check_same(folder, index.recipe, recipe)
+        for split in SPLITS:
+            for kind in DTYPES:
+                map_files(folder, index, split, kind)
         discard(folder, TEMPORARY)
         return index
     if strange := sorted(path.name for path in folder.iterdir() if not _is_ours(path)):
@@ -83,14 +87,8 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     """Save the tokenizer with the shards, whole or not at all, and return where."""
     place = folder / "tokenizer"
     if not place.exists():
-        with disk_errors(folder):
-            temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".tokenizer."))
-            try:
-                tokenizer.save(temporary)
-                temporary.chmod(0o755)
-                temporary.rename(place)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with disk_errors(folder), files.new_folder(place) as temporary:
+            tokenizer.save(temporary)
     return place
 
 

@@ -168,9 +168,9 @@ class LinearAttentionModel(LanguageModel):
     def features(self, tokens: Tensor, documents: Tensor | None = None) -> Features:
         """Return the last hidden states; see `LanguageModel.features`."""
         segments = None if documents is None else packed.segments(documents)
-        x = self.embed_tokens(tokens)
+        x = self.embed(tokens)
         for layer in self.layers:
-            x = layer(x, segments)
+            x = self.through(layer, x, segments)
         return Features(self.norm(x), None, {})
 
 

@@ -42,7 +42,8 @@ class DataConfig:
     """Folder that `steepest data prepare` wrote; or, to be tokenized by the run, the name of an
     embedded corpus, a .txt file or a folder of .txt files."""
     vocab_size: int = 1024
-    """Number of tokens of the tokenizer: of the folder's, or of one trained on the corpus."""
+    """Number of tokens of the tokenizer: of the folder's, or of one trained on the corpus. The
+    model's may be larger."""
     sequence_length: int = 128
     """Tokens per sequence."""
     packing: Literal["contiguous", "documents", "rows"] = "contiguous"
@@ -114,9 +115,12 @@ class TrainingConfig:
     """Largest global gradient norm; larger gradients are scaled down to it. 0 means no clipping."""
     z_loss: float = 0.0
     """Coefficient of the mean square of log Z in the loss (1e-4 in PaLM); 0 leaves it out."""
-    precision: Precision = "float32"
+    precision: Precision = "auto"
     """bfloat16 is autocast over float32 weights; the pure ones keep weights in bfloat16, and round
-    updates to nearest, stochastically, or with Kahan's compensation."""
+    updates to nearest, stochastically, or with Kahan's compensation. auto is bfloat16 on a GPU and
+    float32 on a CPU, and the run's config says which it was."""
+    tf32: bool = False
+    """Let GPUs round the inputs of float32 products to TF32, which has 10 bits behind the point."""
     compile: bool = False
     """Compile the model's forward and backward pass with torch.compile."""
     nonfinite: Literal["propagate", "skip"] = "propagate"
@@ -185,7 +189,8 @@ class Runtime:
     sinks: tuple[SinkName, ...] = ()
     """Where metrics also go as they come: tensorboard, wandb, trackio."""
     processes: int = 1
-    """Processes on this machine, one per GPU or group of cores. Under torchrun it has no effect."""
+    """Processes on this machine, one per GPU or group of cores. Under torchrun, which several nodes
+    need, it has no effect."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: a replica of the model each (ddp), or a part of it (fsdp)."""
 
@@ -226,9 +231,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         model, data, training = self.model, self.data, self.training
         _require(
-            model.vocab_size == data.vocab_size,
-            f"model.vocab_size is {model.vocab_size} and data.vocab_size is {data.vocab_size}; "
-            "they must be equal.",
+            model.vocab_size >= data.vocab_size,
+            f"model.vocab_size is {model.vocab_size}, smaller than data.vocab_size, which is "
+            f"{data.vocab_size}; set model.vocab_size to {data.vocab_size} or more.",
         )
         _require(
             data.sequence_length <= model.max_sequence_length,

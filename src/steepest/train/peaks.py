@@ -19,6 +19,8 @@ class Peak:
     """Patterns of the names that torch has for it."""
     bf16_tflops: float
     """Dense bfloat16 products accumulated in float32, in 10^12 operations per second."""
+    memory_gb: float
+    """Memory, in the GB that it is sold by."""
     watts: float
     """Board power."""
     source: str

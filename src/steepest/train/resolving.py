@@ -6,10 +6,13 @@ import dataclasses
 import math
 from pathlib import Path
 
+import torch
+
 import steepest
 from steepest.data import TokenData, open_tokens, prepare
+from steepest.data.shards import is_prepared
 from steepest.errors import UserError
-from steepest.train import optimizers
+from steepest.train import optimizers, precision
 from steepest.train.config import DataConfig, OptimizerConfig, Option, RunConfig
 from steepest.train.identity import is_class
 
@@ -17,17 +20,17 @@ from steepest.train.identity import is_class
 def open_data(config: DataConfig) -> TokenData:
     """Return the tokens that a config names: a prepared folder, or a corpus to prepare now.
 
-    Raises UserError for a corpus that cannot be used and for a vocabulary of another size.
+    Raises UserError for a corpus that cannot be used and for a vocabulary larger than the config's.
     """
     folder = Path(config.corpus).expanduser()
-    if not (folder / "index.json").is_file():
+    if not is_prepared(folder):
         return prepare(config.corpus, config.vocab_size)
     tokens = open_tokens(folder)
     if tokens.vocab_size > config.vocab_size:
         raise UserError(
             f"The tokens in {folder} are of a vocabulary of {tokens.vocab_size:,} "
-            f"({tokens.tokenizer}), but data.vocab_size and model.vocab_size are "
-            f"{config.vocab_size:,}; they must be at least as large."
+            f"({tokens.tokenizer}), but data.vocab_size is {config.vocab_size:,}; set it to "
+            f"{tokens.vocab_size}, and model.vocab_size to as much or more."
         )
     return tokens
 
@@ -35,15 +38,22 @@ def open_data(config: DataConfig) -> TokenData:
 def is_resolved(config: RunConfig) -> bool:
     """Return whether the config has a hash: everything it names is pinned by content."""
     own_class = is_class(config.optimizer.name)
-    return bool(config.data.fingerprint and (config.optimizer.source_sha256 or not own_class))
+    return bool(
+        config.data.fingerprint
+        and config.training.precision != "auto"
+        and (config.optimizer.source_sha256 or not own_class)
+    )
 
 
-def resolve(config: RunConfig, token_data: TokenData) -> RunConfig:
+def resolve(
+    config: RunConfig, token_data: TokenData, device: torch.device | None = None
+) -> RunConfig:
     """Return the config with all that was left to defaults or named by place filled in.
 
     That is `data.fingerprint`, `optimizer.source_sha256`, every hyperparameter of an optimizer of
-    the catalogue, so that a run keeps its meaning when a default changes, and the number of steps
-    where an optimizer declares to need it.
+    the catalogue, so that a run keeps its meaning when a default changes, the number of steps
+    where an optimizer declares to need it, and the precision where it is left to the device, which
+    is the CPU if not given.
 
     Raises UserError if the config has a fingerprint or digest already and the content is another
     now.
@@ -64,6 +74,10 @@ def resolve(config: RunConfig, token_data: TokenData) -> RunConfig:
                 config.optimizer.source_sha256,
                 optimizers.source_sha256(config.optimizer.name),
             ),
+        ),
+        training=dataclasses.replace(
+            config.training,
+            precision=precision.on(device or torch.device("cpu"), config.training.precision),
         ),
     )
 

@@ -11,7 +11,7 @@ import torch
 
 from steepest.errors import UserError
 from steepest.train import optimizers, sinks
-from steepest.train.config import RunConfig, Runtime
+from steepest.train.config import RunConfig, Runtime, TrainingConfig
 from steepest.train.folder import locate, opened
 from steepest.train.loop import Training
 from steepest.train.parallel import check_batch, join
@@ -43,17 +43,17 @@ def run(
     runtime = runtime or Runtime()
     if is_resolved(config) and (result := locate(runs_dir, config).read_result()) is not None:
         return result
-    device = _device(runtime.device)
+    device = find_device(runtime.device)
     sinks.check(runtime.sinks)
     tokens = open_data(config.data)
     optimizers.check(config.optimizer, config.model)
-    config = resolve(config, tokens)
+    config = resolve(config, tokens, device)
     parallel, device = join(runtime.parallel, device)
     check_batch(config.data.batch_size, parallel.world_size)
     with opened(runs_dir, config, shared=parallel.rank > 0) as folder:
         if (result := folder.read_result()) is not None:
             return result
-        with _own_torch_state(config.training.seed, device, runtime.threads):
+        with own_torch_state(config.training, device, runtime.threads):
             training = Training(
                 config,
                 tokens,
@@ -63,11 +63,12 @@ def run(
                 parallel=parallel,
                 on_progress=on_progress,
             )
-            with training.sinks:
+            with training.sinks, training.feed:
                 return training.finish(stop or StopRequest())
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device called `name`; raise UserError if there is none that can be used."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -82,14 +83,20 @@ def _device(name: str) -> torch.device:
 
 
 @contextmanager
-def _own_torch_state(seed: int, device: torch.device, threads: int | None) -> Iterator[None]:
-    """Give the run torch's generators, seeded, and its number of threads; undo both after it."""
+def own_torch_state(
+    config: TrainingConfig, device: torch.device, threads: int | None
+) -> Iterator[None]:
+    """Give the run torch's generators, seeded, its threads and its TF32 choice; undo it after."""
     threads_before = torch.get_num_threads()
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    tf32_before = products.allow_tf32, convolutions.allow_tf32
     gpus = [device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         torch.set_num_threads(threads or threads_before)
+        products.allow_tf32 = convolutions.allow_tf32 = config.tf32
         try:
             yield
         finally:
             torch.set_num_threads(threads_before)
+            products.allow_tf32, convolutions.allow_tf32 = tf32_before

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import steepest
+from steepest import data
 from steepest.errors import UserError
 from steepest.train import OptimizerConfig, Runtime, build, run
 from steepest.train.learner import Learner
 from steepest.train.schedules import multiplier
 
 from .conftest import MakeConfig
-from .test_resume import Stop, assert_same_bits, stop_at
 
 RUNTIME = Runtime(threads=1, log_every=1, checkpoint_every=4)
 CPU = torch.device("cpu")
+KILLED = Path(__file__).with_name("killed_runs.py")
 
 
-@pytest.mark.parametrize("name", steepest.names())
-def test_resumed_to_the_bit(
-    name: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_every_optimizer_continues_to_the_bit_after_a_kill(
+    make_config: MakeConfig, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
-    config = make_config(name=name, lr=1e-3, steps=10, every=5)
-    whole = run(config, tmp_path / "whole", runtime=RUNTIME)
-
-    monkeypatch.setattr("steepest.train.loop.PROGRESS_SECONDS", 0)
-    with pytest.raises(Stop):
-        run(config, tmp_path / "killed", runtime=RUNTIME, on_progress=stop_at(6))
-    resumed = run(config, tmp_path / "killed", runtime=RUNTIME)
-
-    assert whole["status"] == "finished"
-    assert whole["val_loss"] == resumed["val_loss"]
-    final = Path("checkpoints") / f"step-{10:09d}.pt"
-    assert_same_bits(
-        torch.load(tmp_path / "whole" / whole["hash"] / final, weights_only=True),
-        torch.load(tmp_path / "killed" / whole["hash"] / final, weights_only=True),
-    )
+    file = tmp_path / "run.toml"
+    file.write_text(make_config(lr=1e-3, steps=10, every=5).to_toml())
+    data.prepare(make_config().data.corpus, 300)
+    done = subprocess.run(
+        [sys.executable, str(KILLED), str(file), str(tmp_path), *steepest.names()],
+        env={**child_environment, "CUDA_VISIBLE_DEVICES": ""},  # forks and CUDA do not mix
+        text=True, capture_output=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {}, done.stderr
 
 
 def test_every_group_follows_the_schedule(make_config: MakeConfig) -> None:

@@ -11,10 +11,12 @@ import pytest
 
 from steepest.errors import UserError
 from steepest.train import BatchConfig, RunConfig, Runtime
-from steepest.train.config import DataConfig, OptimizerConfig
-from steepest.train.identity import config_hash
+from steepest.train.config import DataConfig, OptimizerConfig, TrainingConfig
+from steepest.train.identity import config_hash, differences
 
-PINNED = RunConfig(data=DataConfig(fingerprint="f" * 16))
+PINNED = RunConfig(
+    data=DataConfig(fingerprint="f" * 16), training=TrainingConfig(precision="float32")
+)
 
 OTHER_VALUES: dict[str, Any] = {
     "schedule.name": "wsd",
@@ -143,6 +145,30 @@ def test_hash_knows_files_by_content_not_by_place() -> None:
         of("mine.py:Mine", "")
     with pytest.raises(ValueError, match="resolve the config first"):
         RunConfig().hash()
+    with pytest.raises(ValueError, match=r"needs training\.precision: resolve the config first"):
+        RunConfig(data=PINNED.data).hash()
+
+
+@pytest.mark.parametrize("leaf", leaves())
+def test_a_difference_is_what_changes_the_hash(leaf: str) -> None:
+    found = differences(PINNED.to_dict(), changed(leaf).to_dict(), "there")
+    assert bool(found) == (leaf not in NOT_IN_THE_HASH)
+    assert found == [] or any(clause.startswith(leaf) for clause in found)
+
+
+def test_differences_name_keys_and_both_values() -> None:
+    there, here = PINNED.to_dict(), PINNED.to_dict()
+    assert differences(there, RunConfig.from_dict(here).to_dict(), "runs/ab") == []
+    here["optimizer"] |= {"lr": 0.002, "options": {"betas": [0.9, 0.99]}}
+    here["training"] |= {"seed": 1}
+    there["optimizer"] |= {"options": {"betas": (0.9, 0.95), "eps": 1.0}}
+    here["data"] |= {"corpus": "elsewhere"}
+    assert differences(there, here, "runs/ab") == [
+        "optimizer.lr is 0.001 in runs/ab and 0.002 here",
+        "optimizer.options.betas is [0.9, 0.95] in runs/ab and [0.9, 0.99] here",
+        "optimizer.options.eps is 1 in runs/ab and not set here",
+        "training.seed is 0 in runs/ab and 1 here",
+    ]
 
 
 def test_runtime_is_no_part_of_a_config() -> None:
@@ -161,7 +187,7 @@ def test_runtime_is_no_part_of_a_config() -> None:
         ("[training]\ncompile = 1", "compile must be true or false, not 1."),
         (
             "[training]\nprecision = 'fp16'",
-            "precision must be one of 'float32', 'bfloat16', 'pure_bfloat16', ",
+            "precision must be one of 'auto', 'float32', 'bfloat16', 'pure_bfloat16', ",
         ),
         ("[optimizer]\nname = 3", "name must be a string, not 3."),
         ("[optimizer]\nlr = '1e-3'", "lr must be a number, not '1e-3'."),
@@ -172,7 +198,7 @@ def test_runtime_is_no_part_of_a_config() -> None:
         ("[optimizer.options]\nlr = 1", "the learning rate is optimizer.lr."),
         ("[optimizer.options.betas]\na = 1", "options.betas must be a number, a string"),
         ("training = 3", "section [training]: must be a table of keys, not 3."),
-        ("[data]\nvocab_size = 99", "they must be equal."),
+        ("[data]\nvocab_size = 2048", "set model.vocab_size to 2048 or more."),
         ("[data]\nbatch_size = 6\n[training]\ngradient_accumulation = 4", "does not divide"),
         ("[training]\nsteps = 5", "schedule.warmup_steps is 20; it must be less than"),
         ("[data]\nsequence_length = 4096", "longer than model.max_sequence_length"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -70,6 +71,26 @@ def test_a_run_writes_what_it_promises(make_config: MakeConfig, tmp_path: Path) 
     assert [session["step"] for session in environment["sessions"]] == [0]
     assert (seen[0].phase, seen[0].step) == ("preparing", 0)
     assert (seen[-1].phase, seen[-1].step) == ("done", 25)
+
+
+def test_every_loss_is_there_in_bits_per_byte(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=6, every=3, train_tokens=256, windows=(2,), **{"averaging.every": 1})
+    result = run(config, tmp_path, runtime=EVERY_STEP)
+    tokens = data.prepare(config.data.corpus, config.data.vocab_size)
+    seen = tokens.train.bytes_per_token * math.log(2)
+    held_out = tokens.validation.bytes_per_token * math.log(2)
+    for record in read_metrics(folder_of(result, tmp_path) / "metrics.jsonl"):
+        if record["kind"] == "train":
+            assert record["bits_per_byte"] == pytest.approx(record["loss"] / seen)
+            continue
+        assert record["val_bits_per_byte"] == pytest.approx(record["val_loss"] / held_out)
+        assert record["train_bits_per_byte"] == pytest.approx(record["train_loss"] / seen)
+        assert record["averaged_bits_per_byte"] == pytest.approx(
+            {name: loss / held_out for name, loss in record["averaged"].items()}
+        )
+    assert set(record["averaged_bits_per_byte"]) == {"window_2"}
+    assert result["val_bits_per_byte"] == record["val_bits_per_byte"]
+    assert result["averaged_bits_per_byte"] == record["averaged_bits_per_byte"]
 
 
 def test_a_complete_run_returns_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -183,7 +204,7 @@ def test_the_folder_of_another_config_is_refused(make_config: MakeConfig, tmp_pa
     result = run(config, tmp_path, runtime=EVERY_STEP)
     file = folder_of(result, tmp_path) / "config.toml"
     file.write_text(file.read_text().replace("seed = 0", "seed = 1"))
-    with pytest.raises(UserError, match=r"its config\.toml is that of run"):
+    with pytest.raises(UserError, match=r"training\.seed is 1 in the file and 0 here"):
         run(config, tmp_path, runtime=EVERY_STEP)
 
 

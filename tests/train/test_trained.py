@@ -28,7 +28,7 @@ def keep_all() -> Iterator[None]:
     """Keep all of them."""
     save = checkpoints.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "save", lambda folder, step, state, _: save(folder, step, state))
+        patch.setattr(checkpoints, "save", lambda *given: save(*given[:3], keep=10))
         yield
 
 
@@ -37,7 +37,9 @@ def averaged(
     make_config: MakeConfig, keep_all: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of a run whose optimizer evaluates averages, with checkpoints at 10 and 20."""
-    config = make_config(name="schedulefree_adamw", steps=20, schedule="constant", warmup_steps=0)
+    config = make_config(
+        name="schedulefree_adamw", steps=20, warmup_steps=0, **{"schedule.name": "constant"}
+    )
     runs = tmp_path_factory.mktemp("averaged")
     return runs / str(run(config, runs, runtime=SAVING)["hash"])
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from steepest.errors import UserError
 from steepest.train.parallel import whole
+from steepest.train.precision import floats
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Averages:
         if step < self.config.start or step % self.config.every != 0:
             return
         sample = [
-            p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self.parameters
+            floats(p).to(torch.promote_types(p.dtype, torch.float32)) for p in self.parameters
         ]
         for decay in self.config.ema:
             if decay not in self.exponential:

@@ -13,6 +13,9 @@ import steepest
 from steepest import files
 from steepest.errors import UserError
 
+SCHEMA = 2
+"""Of the content of a checkpoint, and of a result; another one is refused with a sentence."""
+
 
 def path_of(folder: Path, step: int) -> Path:
     """Return the file of the checkpoint at `step`."""
@@ -37,19 +40,25 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the newest readable checkpoint, on the CPU, and a sentence per unreadable newer one.
 
     None if there is no readable one. Checksums are verified, and nothing but tensors and plain
-    values is unpickled.
+    values is unpickled. Raises UserError for one that another version of steepest wrote.
     """
     warnings: list[str] = []
     for path in _newest_first(folder):
         try:
-            return load(path), warnings
+            state = _read(path)
         except UserError as error:
             warnings.append(str(error))
+        else:
+            return _of_this_schema(state, path), warnings
     return None, warnings
 
 
 def load(path: Path) -> dict[str, Any]:
     """Return a checkpoint as `load_newest` does; raise UserError if it cannot be read."""
+    return _of_this_schema(_read(path), path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             damaged = archive.testzip()
@@ -67,6 +76,15 @@ def load(path: Path) -> dict[str, Any]:
     ) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"The checkpoint {path.name} could not be read ({first_line}).") from error
+    return state
+
+
+def _of_this_schema(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    if (schema := state.get("schema")) != SCHEMA:
+        raise UserError(
+            f"The checkpoint {path} has schema {schema}, and this version of steepest reads schema "
+            f"{SCHEMA}; use the version that wrote it, or remove the checkpoint to begin anew."
+        )
     return state
 
 

@@ -16,6 +16,7 @@ from steepest import files
 from steepest.errors import UserError
 from steepest.train import records
 from steepest.train.config import RunConfig
+from steepest.train.identity import differences
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,32 @@ def locate(runs_dir: Path, config: RunConfig) -> RunFolder:
     identity = config.hash()
     folder = RunFolder(runs_dir / identity)
     if folder.config.exists():
-        found = RunConfig.from_toml(folder.config).hash()
-        if found != identity:
+        found = RunConfig.from_toml(folder.config)
+        differing = differences(found.to_dict(), config.to_dict(), "the file")
+        if differing:
             raise UserError(
-                f"{folder.path} belongs to run {identity}, but its config.toml is that of run "
-                f"{found}; restore the file or remove the folder."
+                f"{folder.path} belongs to run {identity}, but its config.toml is that of another "
+                f"one: {', '.join(differing)}; restore the file or remove the folder."
             )
     return folder
+
+
+def check_resumes(folder: RunFolder, config: RunConfig) -> None:
+    """Raise UserError unless a resolved config is that of the run in the folder.
+
+    The sentence names every key that differs. A run is found by its folder's name, so that one
+    must be as it was, too.
+    """
+    found = RunConfig.from_toml(folder.config)
+    if differing := differences(found.to_dict(), config.to_dict(), str(folder.path)):
+        raise UserError(
+            f"{', '.join(differing)}; a run continues with the config that it has, so leave these "
+            "as they were, or start another run without --resume."
+        )
+    if folder.path.resolve().name != config.hash():
+        raise UserError(
+            f"{folder.path} holds run {config.hash()}, whose folder must have that name; rename it."
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import steepest
 from steepest import models
 from steepest.data import Batch
 from steepest.models.cross_entropy import IGNORED
-from steepest.train import evaluation, norm_test, optimizers, precision
+from steepest.train import evaluation, int8_weights, norm_test, optimizers, precision
 from steepest.train.batch_size import BatchSize
 from steepest.train.compiling import objective_function
 from steepest.train.config import RunConfig
@@ -53,6 +53,8 @@ class Learner:
         dtype = precision.weight_dtype(config.training.precision)
         self.model = models.build(config.model, generator).to(device, dtype).train()
         self.model.recompute_activations = config.training.recompute_activations
+        wrap = precision.WRAPPERS.get(config.training.precision, ())
+        int8_weights.store(self.model, config.optimizer, self.parallel, wrap)
         self.parallel.shard(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         found = steepest.roles(self.model)
@@ -61,7 +63,7 @@ class Learner:
             config.optimizer,
             self.model,
             seed=config.training.seed,
-            wrap=precision.WRAPPERS.get(config.training.precision, ()),
+            wrap=wrap,
             nonfinite=config.training.nonfinite,
         )
         if evaluation.has_modes(self.optimizer):

@@ -21,9 +21,11 @@ from steepest.train import checkpoints, evaluation, memory, optimizers, peaks, r
 from steepest.train.averaging import Averages
 from steepest.train.config import RunConfig, Runtime
 from steepest.train.divergence import LEAST_WINDOW, Divergence, DivergenceMonitor, of_validation
+from steepest.train.feeding import Feed
 from steepest.train.folder import RunFolder
 from steepest.train.learner import Learner
 from steepest.train.parallel import Parallel, whole
+from steepest.train.precision import stored_bytes
 from steepest.train.progress import PROGRESS_SECONDS, Progress, seconds_left
 from steepest.train.sinks import Sinks
 from steepest.train.spikes import SpikeCounter
@@ -33,6 +35,7 @@ from steepest.train.timing import StepClock
 from steepest.train.watching import Watch
 
 SCHEMA = 1
+"""Of result.json."""
 
 
 class Training:
@@ -60,7 +63,7 @@ class Training:
         self.averaged: dict[str, float] = {}
         self.diverged: Divergence | None = None
         self.done: list[StepTaken] = []
-        self.batches = data.Loader(
+        loader = data.Loader(
             tokens.train,
             batch_size=config.data.batch_size,
             sequence_length=config.data.sequence_length,
@@ -84,6 +87,7 @@ class Training:
         self.learner = Learner(config, device, self.parallel)
         self.averages = Averages(config.averaging, self.learner.model)
         self.warnings = self.learner.warnings + self.resume()
+        self.feed = Feed(loader, self.learner.batch, parallel, device)
         if self.first:
             self.warnings = records.record_session(
                 folder.environment, records.environment(device), started, self.step, self.warnings
@@ -137,11 +141,7 @@ class Training:
         """Take one optimizer step; `settle` takes in its numbers."""
         self.watch.before(self.step + 1, logged=self.logs_next())
         start = self.clock.mark()
-        size = self.learner.batch.size
-        first, count = self.parallel.rows(size)
-        batch = evaluation.to_device(
-            self.batches.rows_from(self.learner.batch.rows + first, count), self.device
-        )
+        size, batch = self.learner.batch.size, self.feed.next()
         loaded = self.clock.mark()
         lrs = optimizers.learning_rates(self.learner.optimizer, self.learner.roles)
         gradient, optimizer_marks = self.learner.step(batch, self.clock)
@@ -185,11 +185,24 @@ class Training:
             done.step,
             tokens=done.rows * self.config.data.sequence_length,
             **numbers,
+            bits_per_byte=self.train_bits(numbers["loss"]),
             loss_spikes=self.spikes.count,
             skipped_steps=optimizers.skipped_steps(self.learner.optimizer),
             **({"mfu": self.mfu} if self.mfu is not None else {}),
             **({"memory_bytes": self.memory()} if done.step == 1 else {}),
         )
+
+    def train_bits(self, nats: float) -> float:
+        """Return a loss of training tokens in bits per byte."""
+        return evaluation.Score(nats, self.tokens.train.bytes_per_token).bits_per_byte
+
+    def val_bits(self, nats: float) -> float:
+        """Return a loss of held-out tokens in bits per byte."""
+        return evaluation.Score(nats, self.tokens.validation.bytes_per_token).bits_per_byte
+
+    def averaged_bits(self) -> dict[str, float]:
+        """Return the held-out losses of averaged weights in bits per byte."""
+        return {name: self.val_bits(nats) for name, nats in self.averaged.items()}
 
     def memory(self) -> dict[str, int]:
         """Return this process's bytes by category."""
@@ -203,9 +216,8 @@ class Training:
         with evaluation.evaluation_weights(learner.model, learner.optimizer):
             score = self.score(self.tokens.validation, config.evaluation.tokens)
             if config.evaluation.train_tokens:
-                numbers["train_loss"] = self.score(
-                    self.tokens.train, config.evaluation.train_tokens
-                ).nats
+                train = self.score(self.tokens.train, config.evaluation.train_tokens)
+                numbers |= {"train_loss": train.nats, "train_bits_per_byte": train.bits_per_byte}
         self.diverged = of_validation(self.step, score.nats)
         if self.diverged is not None:
             return
@@ -223,6 +235,7 @@ class Training:
             val_loss=score.nats,
             val_bits_per_byte=score.bits_per_byte,
             averaged=self.averaged,
+            averaged_bits_per_byte=self.averaged_bits(),
             **numbers,
         )
 
@@ -275,7 +288,7 @@ class Training:
             self.watch.sync()
         learner = self.learner
         state = {
-            "schema": SCHEMA,
+            "schema": checkpoints.SCHEMA,
             "hash": self.config.hash(),
             "step": self.step,
             "loss": self.loss,
@@ -337,11 +350,10 @@ class Training:
             "initial_val_loss": self.initial_val_loss,
             "val_loss": val_loss,
             "averaged": self.averaged if finished else {},
-            "val_bits_per_byte": None
-            if val_loss is None
-            else val_loss / math.log(2) / self.tokens.validation_bytes_per_token,
+            "averaged_bits_per_byte": self.averaged_bits() if finished else {},
+            "val_bits_per_byte": None if val_loss is None else self.val_bits(val_loss),
             "parameters": sum(p.numel() for p in parameters),
-            "parameter_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "parameter_bytes": sum(map(stored_bytes, parameters)),
             "state_bytes": optimizers.state_bytes(self.learner.optimizer),
             "step_ms": 1000 * self.clock.step_seconds,
             **{f"{name}_ms": 1000 * s for name, s in self.clock.part_seconds().items()},

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from steepest.train import precision
 from steepest.train.averaging import Averages
 from steepest.train.learner import Learner
 
@@ -37,7 +38,7 @@ def _bytes(value: Any) -> int:
     if isinstance(value, DTensor):
         value = value.to_local()
     if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
+        return precision.stored_bytes(value)
     if isinstance(value, Mapping):
         return sum(_bytes(item) for item in value.values())
     if isinstance(value, (list, tuple)):

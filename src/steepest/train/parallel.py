@@ -1,7 +1,7 @@
 """The processes that train one model together: replicas (DDP) or shards of it (FSDP2).
 
-torchrun starts them and tells each its place in the environment; `steepest train
---runtime.processes N` has torchrun start them on this machine.
+torchrun, or on one machine `steepest train --runtime.processes N`, starts them and tells each its
+place in the environment.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def join(kind: str, device: torch.device) -> tuple[Parallel, torch.device]:
-    """Join the processes that torchrun started, if it did; return them and this one's device.
+    """Join the processes that were started together, if so; return them and this one's device.
 
     `kind` is "ddp" or "fsdp". Raises UserError where there are more processes than GPUs.
     """

@@ -6,8 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor
+
+from steepest.optim import Int8Weight
 
 Precision = Literal[
+    "auto",
     "float32",
     "bfloat16",
     "pure_bfloat16",
@@ -22,9 +26,16 @@ WRAPPERS = {
 """How an optimizer of the catalogue is wrapped so that small updates of bfloat16 weights count."""
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device, precision: Precision) -> Precision:
+    """Return what a precision is on a device: auto is bfloat16 autocast on GPUs alone."""
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return precision
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of a forward pass: bfloat16 autocast, or nothing."""
-    if precision == "bfloat16":
+    if on(device, precision) == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
@@ -32,3 +43,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 def weight_dtype(precision: str) -> torch.dtype:
     """Return the dtype that weights and gradients are kept in."""
     return torch.bfloat16 if precision.startswith("pure_bfloat16") else torch.float32
+
+
+def floats(tensor: Tensor) -> Tensor:
+    """Return a tensor without gradient; one in int8 as the float32 values of its codes."""
+    tensor = tensor.detach()
+    return tensor.dequantize(torch.float32) if isinstance(tensor, Int8Weight) else tensor
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Return the bytes that a tensor's values take, as codes if it is in int8."""
+    if isinstance(tensor, Int8Weight):
+        return tensor.stored_bytes()
+    return tensor.numel() * tensor.element_size()

@@ -48,16 +48,24 @@ class StopRequest:
 
 
 @contextmanager
-def forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass requests to stop on to a process while the context lasts."""
+def forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass requests to stop, and Ctrl-C, on to processes while the context lasts.
+
+    Yields the requests to stop that there were. A process that joins `children` later does not get
+    those before it.
+    """
+    asked: list[int] = []
 
     def forward(number: int, frame: types.FrameType | None) -> None:
-        child.send_signal(number)
+        if number != signal.SIGINT:
+            asked.append(number)
+        for child in children:
+            child.send_signal(number)
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

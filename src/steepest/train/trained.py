@@ -28,7 +28,8 @@ class Trained:
     config: RunConfig
     step: int
     weights: dict[str, Tensor]
-    """State dict of the model, on the CPU, in the dtype in which the run keeps it."""
+    """State dict of the model, on the CPU, in the dtype in which the run keeps it; what that keeps
+    in int8 is in float32."""
 
     def model(self) -> models.LanguageModel:
         """Return the model in float32, ready to be evaluated."""
@@ -56,7 +57,7 @@ def read(place: Path, kind: Kind = "evaluation") -> Trained:
     weights = (
         state["learner"]["model"] if kind == "training" else _evaluation_weights(state, config)
     )
-    return Trained(config, step, weights)
+    return Trained(config, step, {key: precision.floats(w) for key, w in weights.items()})
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer:

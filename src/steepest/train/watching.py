@@ -17,6 +17,7 @@ from steepest.train import dynamics, records
 from steepest.train.config import Runtime
 from steepest.train.learner import Learner
 from steepest.train.parallel import whole
+from steepest.train.precision import floats
 
 
 class Watch:
@@ -46,7 +47,7 @@ class Watch:
         """Copy what is to be compared after `step`."""
         self.observing = self.every > 0 and step % self.every == 0
         if logged or self.observing:
-            self.weights = [p.detach().clone() for p in self.named]
+            self.weights = [floats(p).clone() for p in self.named]
         if self.observing:
             for p in self.named:
                 momentum = dynamics.momentum_of(self.learner.optimizer.state.get(p, {}), p.shape)
@@ -64,7 +65,7 @@ class Watch:
         squares: dict[str, tuple[Tensor, Tensor]] = {}
         for p, old in zip(self.named, self.weights, strict=False):
             size = whole(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
-            move = whole(torch.linalg.vector_norm(old.sub_(p), dtype=torch.float32)) ** 2
+            move = whole(torch.linalg.vector_norm(old.sub_(floats(p)), dtype=torch.float32)) ** 2
             role = self.learner.roles[p]
             moves, sizes = squares.get(role, (torch.zeros_like(move), torch.zeros_like(size)))
             squares[role] = moves + move, sizes + size
@@ -94,7 +95,7 @@ class Watch:
             momentum = self.momenta.get(p)
             measured = dynamics.measure(
                 whole(before),
-                whole(p.detach()),
+                whole(floats(p)),
                 None if gradient is None else whole(gradient),
                 None if momentum is None else whole(momentum),
                 matrices=p.ndim > 1 and role != "vector",

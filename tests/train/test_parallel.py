@@ -23,7 +23,9 @@ from .conftest import MakeConfig
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-2},
     "muon": {"lr": 2e-2, "options": {"adam_lr": 1e-2, "ns_dtype": "float32"}},
-    "soap": {"lr": 1e-2},
+    # A large eps leaves little weight to the vectors that rounding chooses for SOAP where its
+    # factors are singular.
+    "soap": {"lr": 1e-2, "options": {"eps": 1e-2}},
     "galore_adamw": {"lr": 1e-2, "options": {"rank": 4}},
     "prodigy": {"lr": 1.0},
     "schedulefree_adamw": {"lr": 1e-2},
@@ -85,8 +87,7 @@ def test_losses_do_not_depend_on_the_number_of_processes(
             if (found := json.loads(path.read_text()))["optimizer"] == name
         )
         together = losses(tmp_path / way, result)
-        # Rounding decides which vectors SOAP takes where its factors are near singular.
-        tolerance = 2e-3 if name == "soap" else 2e-4
+        tolerance = 1e-3 if name == "soap" else 2e-4
         assert together == pytest.approx(alone[name], rel=tolerance), (name, way)
 
 

@@ -18,7 +18,13 @@ CASES = [
     Case("adamw", {"lr": 3e-3}, wrap=("cautious",)),
     Case("sgd", {"lr": 0.05}, wrap=("cautious",)),
     Case("lamb", {"lr": 3e-3}, wrap=("cautious",)),
-    Case("adan", {"lr": 3e-3}, wrap=("cautious",)),
+    Case(
+        "adan",
+        {"lr": 3e-3},
+        wrap=("cautious",),
+        tolerance32=1e-3,
+        reason="a sign that float32 cannot tell moves every element of the tensor, by 1 / its size",
+    ),
     Case("adamw", {"lr": 3e-3}, wrap=("lookahead",)),
     Case("sgd", {"lr": 0.05, "update_interval": 4, "alpha": 0.8}, "4", wrap=("lookahead",)),
     Case(

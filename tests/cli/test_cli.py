@@ -111,9 +111,11 @@ def test_train_from_file_and_flags(
         "[schedule]\nwarmup_steps = 1\n[training]\nsteps = 3\n[evaluation]\ntokens = 64\n"
     )
     flags = ("--optimizer.options", "weight_decay", "0.1", "--training.steps", "2")
+    flags += ("--dynamics", "1")
     assert run(monkeypatch, "train", *flags, "run.toml") == 0
     assert "lion finished" in capsys.readouterr().out
     (config,) = Path("results/runs").glob("*/config.toml")
     text = config.read_text()
     assert "steps = 2" in text
     assert "weight_decay = 0.1" in text
+    assert (config.parent / "dynamics.jsonl").stat().st_size > 0

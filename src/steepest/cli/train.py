@@ -29,7 +29,8 @@ class Train:
     A run that was stopped continues with the same command, or with --resume and its folder.
     Shorter: --model NAME is a size of `steepest models` (its fields are flags, too), --data a
     corpus or prepared folder (which brings data.vocab_size), --optimizer a name of
-    `steepest optimizers`, --preset one of its tuned settings.
+    `steepest optimizers`, --preset one of its tuned settings. --dynamics K measures weights,
+    gradients and updates every K steps.
     """
 
     config: Positional[Path | None] = None
@@ -123,8 +124,10 @@ def read(
 
 
 def _short_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the arguments without the short flags, and those."""
+    """Return the arguments without the short flags, and those that are of the run's config."""
     rest, short = list(arguments), {}
+    if (steps := value_of("--dynamics", rest)) is not None:
+        rest += ["--runtime.dynamics-every", steps]
     for name in ("model", "data", "optimizer", "preset"):
         if (value := value_of(f"--{name}", rest)) is not None:
             short[name] = value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,12 +107,14 @@ class Layer(nn.Module):
 class Llama(LanguageModel):
     """A LLaMA language model whose initial weights are those of `generator` (default: seed 0)."""
 
-    residual_outputs = ("o_proj.weight", "down_proj.weight")
+    residual_outputs: ClassVar[tuple[str, ...]] = ("o_proj.weight", "down_proj.weight")
+    block: ClassVar[Callable[..., nn.Module]] = Layer
+    """What the layers are made of."""
     config: LlamaConfig
 
     def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(self.block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary = Rotary(config.head_size, config.max_sequence_length, config.rope_theta)
         self.complete(generator)

@@ -13,10 +13,10 @@ from steepest.errors import UserError
 from steepest.models import documents as packed
 from steepest.models import routing
 from steepest.models.experts import Experts
-from steepest.models.language_model import Features, LanguageModel
+from steepest.models.language_model import Features
 from steepest.models.layers import Linear, RMSNorm, SwiGLU, scaled
-from steepest.models.llama import Attention, LlamaConfig
-from steepest.models.rotary import Rotary, Turns
+from steepest.models.llama import Attention, Llama, LlamaConfig
+from steepest.models.rotary import Turns
 
 
 @dataclass(frozen=True)
@@ -128,28 +128,12 @@ class Layer(nn.Module):
         return x + scaled(y, self.branch_scale), numbers
 
 
-class MoELlama(LanguageModel):
+class MoELlama(Llama):
     """A LLaMA with experts whose initial weights are those of `generator` (default: seed 0)."""
 
-    residual_outputs = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
+    residual_outputs = (*Llama.residual_outputs, "experts.down_proj")
+    block = Layer
     config: MoEConfig
-
-    def __init__(self, config: MoEConfig, generator: torch.Generator | None = None) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.rotary = Rotary(config.head_size, config.max_sequence_length, config.rope_theta)
-        self.complete(generator)
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw the initial weights and fill the rotary tables."""
-        super().reset_parameters(generator)
-        self.rotary.reset_parameters()
-
-    @property
-    def logit_scale(self) -> float:
-        """1 over the width factor of muP."""
-        return 1 / self.config.width_factor
 
     def features(self, tokens: Tensor, documents: Tensor | None = None) -> Features:
         """Return the last hidden states; see `LanguageModel.features`.

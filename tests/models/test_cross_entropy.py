@@ -58,6 +58,21 @@ def test_float64_is_kept_and_the_gradient_is_the_slope() -> None:
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
+def test_the_gradient_of_a_bfloat16_head_is_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(16_384, 64, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(300, 64, generator=generator) / 10).bfloat16().requires_grad_()
+    targets = torch.randint(300, (16_384,), generator=generator)
+    total, _ = cross_entropy.sums(hidden, weight, targets)
+    total.backward()
+    exact = weight.detach().double().requires_grad_()
+    logits = hidden.detach().double() @ exact.T
+    F.cross_entropy(logits, targets, reduction="sum").backward()
+    assert weight.grad is not None
+    assert exact.grad is not None
+    assert (weight.grad - exact.grad).norm() < 3e-3 * exact.grad.norm()  # 2e-3; 9e-3 by chunks
+
+
 def test_a_frozen_head_or_no_gradient_at_all() -> None:
     hidden, weight, targets = problem()
     expected = plain(hidden, weight, targets, 1.0, 0.0)[0]

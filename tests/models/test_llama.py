@@ -232,7 +232,7 @@ def test_long_sequences_take_the_other_attention_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         short = model(tokens).float()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("steepest.models.attention.CPU_FLOAT32_ATTENTION_LENGTH", 0)
+            patch.setattr("steepest.models.document_attention.FLOAT32_LENGTH", 0)
             long = model(tokens).float()
     assert 0 < (short - long).abs().max() < 0.1 * short.abs().max()
 

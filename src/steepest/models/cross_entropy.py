@@ -75,11 +75,11 @@ class _Sums(torch.autograd.Function):
             slope = slope.scatter_add(1, index, -torch.ones_like(log_z))
             slope = (torch.where(counts, slope, 0) * scale).to(hidden.dtype)
             grad_hidden.append(slope @ matrix)
-            part = (slope.T @ x).to(weight.dtype)
+            part = (slope.T @ x).to(exact)
             grad_weight = part if grad_weight is None else grad_weight + part
         if differentiates:
             assert grad_weight is not None
-            ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+            ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(nats)
         return total, nats
 

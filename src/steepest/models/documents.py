@@ -16,10 +16,15 @@ def starts(documents: Tensor) -> Tensor:
     return torch.cat((first, documents[:, 1:] != documents[:, :-1]), dim=1)
 
 
+def begins(documents: Tensor) -> Tensor:
+    """Return int64 [batch, time]: where in its row the document of every token begins."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    return torch.where(starts(documents), index, 0).cummax(dim=1).values
+
+
 def positions(documents: Tensor) -> Tensor:
     """Return int64 [batch, time]: the position of every token in its document, from 0."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
-    return index - torch.where(starts(documents), index, 0).cummax(dim=1).values
+    return torch.arange(documents.shape[1], device=documents.device) - begins(documents)
 
 
 def segments(documents: Tensor) -> Tensor:

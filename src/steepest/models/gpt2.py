@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from steepest.errors import UserError
 from steepest.models import documents as packed
-from steepest.models.attention import attend
+from steepest.models.attention import Mask, attend, document_mask
 from steepest.models.language_model import Features, LanguageModel
 from steepest.models.layers import Embedding, LayerNorm, Linear, scaled
 from steepest.models.mup import MuPConfig
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(size, size, config.bias)
         self.o_proj = Linear(size, size, config.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -112,7 +112,7 @@ class Layer(nn.Module):
         )
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None) -> Tensor:
         y = self.attention_norm(x)
         x = x + scaled(self.attention(y, mask), self.branch_scale)
         if self.mlp_norm is not None:
@@ -141,10 +141,11 @@ class GPT2(LanguageModel):
 
     def features(self, tokens: Tensor, documents: Tensor | None = None) -> Features:
         """Return the last hidden states; see `LanguageModel.features`."""
+        mask = document_mask(documents, self.config.head_size)
         if documents is None:
-            mask, places = None, torch.arange(tokens.shape[1], device=tokens.device)
+            places = torch.arange(tokens.shape[1], device=tokens.device)
         else:
-            mask, places = packed.mask(documents), packed.positions(documents)
+            places = packed.positions(documents)
         x = self.embed(tokens)
         x = x + self.embed_positions(places).to(x.dtype)
         x = scaled(x, self.config.embedding_scale)

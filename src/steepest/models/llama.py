@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steepest.errors import UserError
-from steepest.models import documents as packed
-from steepest.models.attention import attend
+from steepest.models.attention import Mask, attend, document_mask
 from steepest.models.language_model import Features, LanguageModel
 from steepest.models.layers import Linear, RMSNorm, SwiGLU, scaled
 from steepest.models.mup import MuPConfig
@@ -78,7 +77,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, key_value)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, turns: Turns, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, turns: Turns, mask: Mask | None) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -99,7 +98,7 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, turns: Turns, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, turns: Turns, mask: Mask | None) -> Tensor:
         x = x + scaled(self.attention(self.attention_norm(x), turns, mask), self.branch_scale)
         return x + scaled(self.mlp(self.mlp_norm(x)), self.branch_scale)
 
@@ -132,7 +131,7 @@ class Llama(LanguageModel):
     def features(self, tokens: Tensor, documents: Tensor | None = None) -> Features:
         """Return the last hidden states; see `LanguageModel.features`."""
         turns = self.rotary(tokens.shape[1], documents)
-        mask = None if documents is None else packed.mask(documents)
+        mask = document_mask(documents, self.config.head_size)
         x = scaled(self.embed(tokens), self.config.embedding_scale)
         for layer in self.layers:
             x = self.through(layer, x, turns, mask)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steepest.errors import UserError
-from steepest.models import documents as packed
 from steepest.models import routing
+from steepest.models.attention import Mask, document_mask
 from steepest.models.experts import Experts
 from steepest.models.language_model import Features
 from steepest.models.layers import Linear, RMSNorm, SwiGLU, scaled
@@ -122,7 +122,7 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MoE(config)
 
-    def forward(self, x: Tensor, turns: Turns, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, turns: Turns, mask: Mask | None) -> tuple[Tensor, Tensor]:
         x = x + scaled(self.attention(self.attention_norm(x), turns, mask), self.branch_scale)
         y, numbers = self.mlp(self.mlp_norm(x))
         return x + scaled(y, self.branch_scale), numbers
@@ -142,7 +142,7 @@ class MoELlama(Llama):
         """
         config = self.config
         turns = self.rotary(tokens.shape[1], documents)
-        mask = None if documents is None else packed.mask(documents)
+        mask = document_mask(documents, config.head_size)
         x = scaled(self.embed(tokens), config.embedding_scale)
         numbers = []
         for layer in self.layers:

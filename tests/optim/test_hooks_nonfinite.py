@@ -72,3 +72,13 @@ def test_a_state_without_a_count_of_skipped_steps_is_loaded() -> None:
     param.grad = torch.full((3,), torch.nan)
     optimizer.step()
     assert optimizer.skipped_steps == 1
+
+
+def test_a_step_whose_gradients_all_are_not_finite_is_skipped_once() -> None:
+    param = nn.Parameter(torch.ones(3, 2))
+    optimizer = steepest.create("sophia_g", [param], nonfinite="skip")
+    param.grad = torch.full_like(param, torch.nan)
+    optimizer.observe(batch_tokens=10)
+    param.grad = torch.full_like(param, torch.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1

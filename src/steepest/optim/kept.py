@@ -31,9 +31,14 @@ class KeptGradients:
     def keep(self, params: Iterable[Tensor]) -> None:
         """Take what is in the gradients for what the next ones are added to."""
         for p in params:
-            if p.grad is not None:
-                self._left[p] = p.grad
-                self.values[p] = p.grad if _is_alone(p.grad) else p.grad.clone()
+            if p.grad is None:
+                continue
+            if _is_alone(p.grad):
+                self._left[p] = self.values[p] = p.grad
+            else:  # DDP puts the next gradient in the same tensor, whether or not it was cleared
+                self.values[p] = p.grad.clone()
+                self._left.pop(p, None)
+                p.grad.zero_()
 
     def load(self, values: Mapping[Tensor, Tensor]) -> None:
         """Put these values in the gradients and take them for what was left there."""

@@ -62,6 +62,7 @@ class Optimizer(RuledGroups):
             with torch.enable_grad():
                 loss = closure()
         if self._nonfinite():
+            self.param_groups[0][SKIPPED] = self.skipped_steps + 1
             self._mark(OBSERVED, False)
             return loss
         self._check_observed()
@@ -104,7 +105,6 @@ class Optimizer(RuledGroups):
             return False
         if self.nonfinite == "raise":
             raise FloatingPointError("A gradient is not finite; no parameter was stepped.")
-        self.param_groups[0][SKIPPED] = self.skipped_steps + 1
         return True
 
     def wants(self) -> set[Extra]:

@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from steepest import data
+from steepest.train.learner import Learner
 
 from .conftest import MakeConfig
 
@@ -31,6 +36,27 @@ def train(
     assert done.returncode == 0, done.stderr
     result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return result, done.stderr
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "documents"])
+def test_what_was_compiled_beforehand_is_what_steps_run(
+    packing: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        name="sophia_g", compile=True, packing=packing, gradient_accumulation=2, clip_norm=0.0
+    )
+    counter, whole = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: whole(*a, **k, backend=counter))
+    torch._dynamo.reset()
+    learner = Learner(config, torch.device("cpu"))
+    assert (counter.frame_count, learner.warnings) == (1, [])
+    tokens = data.prepare(config.data.corpus, config.data.vocab_size)
+    loader = data.Loader(
+        tokens.train, batch_size=4, sequence_length=16, seed=0, packing=config.data.as_packing()
+    )
+    for step in range(2):
+        learner.gradient(loader.rows(step))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow

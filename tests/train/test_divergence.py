@@ -32,6 +32,46 @@ def test_a_loss_that_is_not_finite_is_the_end_even_in_warmup(bad: float) -> None
     assert of_validation(8, 5.0) is None
 
 
+def test_steps_skipped_in_a_row_are_the_end_and_single_ones_are_not() -> None:
+    monitor = DivergenceMonitor(100, 0, patience=5)
+    for step in range(1, 31):  # five of six
+        assert monitor.update(step, 5.0, math.nan if step % 6 else 1.0) is None
+    for step in range(31, 36):
+        assert monitor.update(step, math.nan if step % 2 else 5.0, math.nan) is None
+    divergence = monitor.update(36, 5.0, math.inf)
+    assert divergence is not None
+    assert divergence.reason == (
+        "The gradient was not finite at step 36, after 5 steps that were skipped."
+    )
+    assert DivergenceMonitor(100, 0).update(1, 5.0, math.nan) is None  # the next loss shows it
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_an_optimizer_with_extra_gradients_diverges_like_others(
+    nonfinite: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(
+        name="sophia_g", lr=1e6, options={"update_interval": 1}, nonfinite=nonfinite, steps=60
+    )
+    result = run(config, tmp_path, runtime=Runtime(threads=1))
+    assert (result["status"], result["val_loss"]) == ("diverged", None)
+    assert result["skipped_steps"] > 0 or nonfinite == "propagate"
+
+
+def test_an_average_that_is_not_finite_ends_no_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Lookahead evaluates weights that are still finite where those in training are not."""
+    config = make_config(
+        name="sgd", wrap=("lookahead",), lr=1e38, warmup_steps=0, every=1, clip_norm=0.0,
+        **{"averaging.ema": (0.5,), "averaging.every": 1},
+    )  # fmt: skip
+    result = run(config, tmp_path, runtime=Runtime(threads=1))
+    assert result["reason"] == "The training loss was nan at step 2."
+    records = read_metrics(tmp_path / result["hash"] / "metrics.jsonl")
+    (last,) = [r for r in records if r["kind"] == "eval" and r["step"] == 1]
+    assert math.isfinite(last["val_loss"])
+    assert last["averaged"] == last["averaged_bits_per_byte"] == {"ema_0.5": None}
+
+
 def test_a_loss_that_stays_up_is_the_end_after_a_window_after_warmup() -> None:
     high = [7.0] + [9.0] * 199
     assert first_alarm(high, steps=50, warmup=30) == 30 + 20  # 20 steps at least

@@ -113,6 +113,9 @@ def test_a_file_is_known_by_its_content(momentum_file: Path, tmp_path: Path) -> 
         ("{file}:Momentum", {"momentun": 1.0}, "did you mean 'momentum'?"),
         ("{file}:Momentum", {"momentun": 1.0}, "takes lr, momentum, noise, weight_decay"),
         ("no.such.module:Mine", {}, "Cannot import 'no.such.module'"),
+        ("..:Mine", {}, "Cannot import '..'"),
+        (":Mine", {}, "':Mine' names no class; a class of your own is given as 'path/to/file.py:"),
+        ("torch.optim:", {}, "'torch.optim:' names no class"),
         ("torch.optim:AdamW", {"eps": -1.0}, "'torch.optim:AdamW' cannot be built: Invalid eps"),
         (
             "torch.nn:Linear",
@@ -220,6 +223,25 @@ def test_a_rule_of_ones_own(tmp_path: Path) -> None:
         torch.testing.assert_close(p.detach(), was - 1.0)
     with pytest.raises(UserError, match="'scale'"):
         build(OptimizerConfig(f"{path}:Plain", 0.5, {"scal": 2.0}), model)
+
+
+WITHOUT_LR = """
+import torch
+
+
+class Own(torch.optim.SGD):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            self.rate = group.pop("lr")
+"""
+
+
+def test_a_class_that_hides_its_learning_rate_is_refused(tmp_path: Path, model: Llama) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(WITHOUT_LR)
+    with pytest.raises(UserError, match="Own has parameter groups without 'lr', where a schedule"):
+        build(config(f"{path}:Own"), model)
 
 
 LENGTHS = """

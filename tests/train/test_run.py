@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from steepest import data
 from steepest.errors import UserError
-from steepest.models import Llama
-from steepest.train import Progress, RunConfig, Runtime, read_metrics, resolve, run
+from steepest.models import GPT2Config, Llama, LlamaConfig, MoEConfig
+from steepest.models.cross_entropy import IGNORED
+from steepest.train import (
+    Preempted,
+    Progress,
+    RunConfig,
+    Runtime,
+    StopRequest,
+    read_metrics,
+    resolve,
+    run,
+)
 from steepest.train.evaluation import evaluate
 from steepest.train.learner import Learner
+from steepest.train.loop import Training
+from steepest.train.parallel import Parallel
+from steepest.train.precision import autocast
 
 from .conftest import MEASURED, MakeConfig
 
@@ -142,6 +157,106 @@ def test_logging_and_checkpoints_do_not_change_a_run(
     assert plain["hash"] == busy["hash"]
 
 
+SETTLED: dict[str, dict[str, Any]] = {
+    "finished": {"name": "adamw", "ema": (0.9,)},
+    "not finite": {"name": "torch.optim:SGD", "lr": 1e12, "clip_norm": 0.0},
+    "high": {"name": "torch.optim:SGD", "lr": 1e3, "steps": 60},
+    "skipping": {"name": "sophia_g", "lr": 1e6, "nonfinite": "skip", "steps": 60},
+}
+
+
+@pytest.mark.parametrize("case", SETTLED)
+def test_steps_settled_together_tell_what_they_do_one_by_one(
+    case: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**SETTLED[case])
+    found = []
+    for name, kinds in (("at once", ("cpu",)), ("later", ())):
+        monkeypatch.setattr("steepest.train.loop.SETTLES_AT_ONCE", kinds)
+        result = run(config, tmp_path / name, runtime=Runtime(threads=1, log_every=8))
+        metrics = read_metrics(folder_of(result, tmp_path / name) / "metrics.jsonl")
+        assert result["tokens_per_second"] == pytest.approx(
+            result["tokens"] / result["steps"] / result["step_ms"] * 1000
+        )
+        times = (*MEASURED, "tokens_per_second")
+        found.append(
+            [
+                {k: v for k, v in record.items() if k not in times and not k.endswith("_ms")}
+                for record in (result, *metrics)
+            ]
+        )
+    assert found[0] == found[1]
+    assert (found[0][0]["status"] == "finished") == (case == "finished")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_run_asked_to_stop_where_it_diverges_ends(
+    at_once: bool, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not at_once:
+        monkeypatch.setattr("steepest.train.loop.SETTLES_AT_ONCE", ())
+    config = make_config(**SETTLED["not finite"])
+    stop, whole = StopRequest(), Training.train_step
+
+    def asked(self: Training) -> None:
+        whole(self)
+        stop.asked = self.step == 3
+
+    monkeypatch.setattr(Training, "train_step", asked)
+    result = run(config, tmp_path, runtime=Runtime(threads=1), stop=stop)
+    assert (result["status"], result["diverged_at_step"]) == ("diverged", 3)
+
+
+def test_a_run_stops_after_the_step_at_which_it_is_asked(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steepest.train.loop.SETTLES_AT_ONCE", ())
+    config, stop, whole = make_config(), StopRequest(), Training.train_step
+
+    def asked(self: Training) -> None:
+        whole(self)
+        stop.asked = self.step == 3
+
+    runtime = Runtime(threads=1, log_every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "train_step", asked)
+        with pytest.raises(Preempted, match="saved after step 3"):
+            run(config, tmp_path / "stopped", runtime=runtime, stop=stop)
+    (folder,) = (tmp_path / "stopped").iterdir()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000000003.pt"]
+    resumed = run(config, tmp_path / "stopped", runtime=runtime)
+    assert resumed["val_loss"] == run(config, tmp_path / "whole", runtime=runtime)["val_loss"]
+
+
+def test_what_was_wrong_at_the_beginning_is_told_at_once(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, runtime = make_config(steps=6), Runtime(threads=1, checkpoint_every=3)
+    folder = folder_of(run(config, tmp_path, runtime=runtime), tmp_path)
+    assert caplog.messages == []
+    (folder / "result.json").unlink()
+    (folder / "checkpoints" / "step-000000006.pt").write_bytes(b"")
+    result = run(config, tmp_path, runtime=runtime)
+    (warning,) = result["warnings"]
+    assert "step-000000006.pt could not be read" in warning
+    assert caplog.messages == [warning]
+
+
+def test_a_statistic_that_is_not_finite_is_null(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Learner.gradient
+
+    def huge(self: Learner, *arguments: Any, **options: Any) -> Any:
+        found = whole(self, *arguments, **options)
+        return dataclasses.replace(found, statistics={"router_z": torch.tensor(math.inf)})
+
+    monkeypatch.setattr(Learner, "gradient", huge)
+    result = run(make_config(steps=6), tmp_path, runtime=EVERY_STEP)
+    records = read_metrics(folder_of(result, tmp_path) / "metrics.jsonl")
+    assert [r["router_z"] for r in records if r["kind"] == "train"] == [None] * 6
+
+
 def test_accumulation_is_the_large_batch(make_config: MakeConfig) -> None:
     whole, parts = (
         Learner(make_config(gradient_accumulation=parts, clip_norm=0.0), CPU) for parts in (1, 4)
@@ -156,6 +271,115 @@ def test_accumulation_is_the_large_batch(make_config: MakeConfig) -> None:
     for name in ("loss", "norm"):
         left, right = (getattr(result, name) for result in results)
         torch.testing.assert_close(left, right, rtol=1e-5, atol=0)
+
+
+SHAPE = {"vocab_size": 300, "hidden_size": 16, "layers": 2, "heads": 2}
+MODELS = {
+    "llama": LlamaConfig(**SHAPE, intermediate_size=32, tie_embeddings=True),
+    "gpt2": GPT2Config(**SHAPE, max_sequence_length=16),
+    "moe": MoEConfig(
+        **SHAPE, intermediate_size=32, experts=4, balance_loss=0.5, router_z_loss=0.3,
+        entropy_loss=0.1,
+    ),
+}  # fmt: skip
+
+
+def uneven(rows: int) -> data.Batch:
+    """Return rows of which each has other targets, and one has none, in documents of 5 tokens."""
+    tokens = torch.randint(300, (rows, 17), generator=torch.Generator().manual_seed(0))
+    targets = tokens[:, 1:].clone()
+    for row in range(rows):
+        targets[row, 5 * row % 16 :] = IGNORED
+    documents = (torch.arange(16) // 5).int().repeat(rows, 1)
+    return data.Batch(tokens[:, :-1].contiguous(), targets, documents)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_is_that_of_the_mean_over_targets(
+    name: str, parts: int, make_config: MakeConfig
+) -> None:
+    """Torch's cross-entropy of whole logits, PaLM's z-loss, and auxiliary losses by targets."""
+    batch = uneven(8)
+    config = make_config(
+        batch_size=8, gradient_accumulation=parts, z_loss=0.01, clip_norm=0.0, packing="documents"
+    )
+    learner = Learner(dataclasses.replace(config, model=MODELS[name]), CPU)
+    found = learner.gradient(batch)
+    gradients = [p.grad for p in learner.parameters]
+    learner.model.zero_grad()
+    targets = (batch.targets != IGNORED).sum()
+    whole = torch.zeros(())
+    for part in learner.parts(batch):
+        features = learner.model.features(part.tokens, part.documents)
+        counts = part.targets != IGNORED
+        logits = features.hidden @ learner.model.lm_head.weight.T
+        labels = part.targets.flatten()
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+        square = (logits.logsumexp(-1).square() * counts).sum()
+        auxiliary = 0.0 if features.auxiliary is None else features.auxiliary * counts.sum()
+        whole = whole + (nats + 0.01 * square + auxiliary) / targets
+    whole.backward()  # type: ignore[no-untyped-call]
+    for p, gradient in zip(learner.parameters, gradients, strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-7)
+    norms = torch.stack([p.grad.norm() for p in learner.parameters if p.grad is not None])
+    torch.testing.assert_close(found.norm, norms.norm(), rtol=1e-5, atol=0)
+
+
+def test_products_kept_in_float32_are_not_rounded_on_the_way_back(make_config: MakeConfig) -> None:
+    config = make_config(batch_size=8, precision="bfloat16", clip_norm=0.0)
+    learner = Learner(dataclasses.replace(config, model=MODELS["moe"]), CPU)
+    batch = uneven(8)
+    learner.gradient(batch)
+    found = [p.grad for p in learner.parameters]
+    learner.model.zero_grad()
+    with autocast("bfloat16", CPU):
+        loss = learner.model.objective(batch.tokens, batch.targets, batch.documents)
+    loss.objective.backward()  # type: ignore[no-untyped-call]
+    for p, gradient in zip(learner.parameters, found, strict=True):
+        assert torch.equal(gradient, p.grad)  # type: ignore[arg-type]
+
+
+def test_a_model_s_statistics_are_those_of_all_processes(make_config: MakeConfig) -> None:
+    class Two(Parallel):
+        def mean(self, value: torch.Tensor) -> torch.Tensor:
+            return value + (1.0 if value.ndim else 0.0)  # as if the other one had 2 more
+
+    config = dataclasses.replace(make_config(batch_size=8), model=MODELS["moe"])
+    alone, shared = (
+        Learner(config, CPU, parallel).gradient(uneven(8)) for parallel in (Parallel(), Two())
+    )
+    assert alone.statistics.keys() == shared.statistics.keys()
+    for name, value in alone.statistics.items():
+        assert shared.statistics[name] == value + 1, name
+    assert shared.loss == alone.loss + 1
+
+
+def test_an_estimate_of_curvature_counts_the_tokens_with_a_loss(make_config: MakeConfig) -> None:
+    options = {"betas": [0.9, 0.5], "update_interval": 1}
+    config = make_config(
+        name="sophia_g", batch_size=8, gradient_accumulation=2, options=options, packing="documents"
+    )
+    learner, batch = Learner(config, CPU), uneven(8)
+    sampled = learner._with_sampled_labels(batch)
+    assert torch.equal(sampled.targets == IGNORED, batch.targets == IGNORED)
+    learner.model.objective(sampled.tokens, sampled.targets, sampled.documents).objective.backward()  # type: ignore[no-untyped-call]
+    count = int((batch.targets != IGNORED).sum())
+    wanted = [0.5 * count * p.grad**2 for p in learner.parameters if p.grad is not None]
+    learner._observe(batch)
+    for p, hessian in zip(learner.parameters, wanted, strict=True):
+        torch.testing.assert_close(
+            learner.optimizer.state[p]["hessian"], hessian, rtol=1e-4, atol=1e-12
+        )
+
+
+def test_sampled_labels_are_torch_s(make_config: MakeConfig) -> None:
+    learner = Learner(make_config(name="sophia_g", seed=3), CPU)
+    batch = data.Batch(*torch.randint(300, (2, 4, 16), generator=torch.Generator().manual_seed(0)))
+    odds = learner.model(batch.tokens).softmax(-1)
+    for row, labels in enumerate(learner._with_sampled_labels(batch).targets):
+        generator = torch.Generator().manual_seed(0x5EED + (3 << 32) + row)
+        assert torch.equal(labels, torch.multinomial(odds[row], 1, generator=generator)[:, 0])
 
 
 def test_clipping_scales_the_gradient_and_reports_its_norm_before(make_config: MakeConfig) -> None:

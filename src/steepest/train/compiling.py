@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor, nn
 
 from steepest.models import LanguageModel, Loss
 from steepest.train.config import RunConfig
+from steepest.train.parallel import Parallel
 from steepest.train.precision import autocast
 
 
@@ -29,43 +28,44 @@ class Objective(nn.Module):
 
 
 def objective_function(
-    model: LanguageModel, config: RunConfig, device: torch.device
-) -> tuple[Objective, list[str]]:
+    model: LanguageModel, config: RunConfig, device: torch.device, parallel: Parallel, *, rows: int
+) -> tuple[nn.Module, list[str]]:
     """Return what training minimises, and what went wrong in compiling it, if it did.
 
-    With `training.compile` the forward and backward pass are compiled here, outside the time of the
-    first step. Where that fails, mostly for want of a C++ compiler, the eager objective is returned
-    with a sentence that says so.
+    With `training.compile` the forward and backward pass of so many rows are compiled here, outside
+    the time of the first step, as `parallel` has them. Where that fails, mostly for want of a C++
+    compiler, the objective stays eager, and there is a sentence that says so.
     """
     objective = Objective(model, config.training.z_loss)
+    wrapped = parallel.wrap(objective)
     if not config.training.compile:
-        return objective, []
+        return wrapped, []
     from torch._dynamo.exc import TorchDynamoException
 
     eager = objective.forward
     objective.forward = torch.compile(eager, dynamic=False)  # type: ignore[method-assign]
     try:
-        with autocast(config.training.precision, device):
-            loss = objective(*_sample(config, device))
-        loss.objective.backward()
+        # Replicas compile each by itself; shards cannot, and would keep gradients held back.
+        with parallel.accumulating(last=parallel.in_step):
+            with autocast(config.training.precision, device):
+                loss = wrapped(*_sample(config, device, rows))
+            loss.objective.backward()
     except TorchDynamoException as error:
         cause = str(error).strip().splitlines()[0]
-        warning = f"torch.compile failed, so this run is not compiled ({cause})."
-        logging.getLogger("steepest").warning(warning)
         objective.forward = eager  # type: ignore[method-assign]
-        return objective, [warning]
+        return wrapped, [f"torch.compile failed, so this run is not compiled ({cause})."]
     finally:
         model.zero_grad(set_to_none=True)
-    return objective, []
+    return wrapped, []
 
 
 def _sample(
-    config: RunConfig, device: torch.device
+    config: RunConfig, device: torch.device, rows: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return inputs of the objective in the shapes of the run."""
-    rows = config.data.batch_size // config.training.gradient_accumulation
     shape = (rows, config.data.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     packed = config.data.packing == "documents"
     documents = torch.zeros(shape, dtype=torch.int32, device=device) if packed else None
-    return tokens, tokens, documents, torch.ones((), device=device)
+    # A graph of one tensor would be compiled again for two.
+    return tokens, tokens.clone(), documents, torch.ones((), device=device)

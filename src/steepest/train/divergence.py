@@ -23,11 +23,13 @@ class Divergence:
 class DivergenceMonitor:
     """Watches training losses.
 
-    A run has diverged if more than `patience` losses in a row are not finite, or if after warmup
-    every one of the last max(20, 20 % of all steps) losses is more than 1 nat above the loss of the
-    first step. That loss is the one of a uniform guess, ln(vocabulary): the run has long known less
-    than nothing. Shorter windows and means give false alarms: AdamW at a learning rate of 1 stays 4
-    nats above its start for 40 of 300 steps, and comes back to beat it.
+    A run has diverged if a loss is not finite, or if after warmup every one of the last max(20,
+    20 % of all steps) losses is more than 1 nat above the loss of the first step. That loss is the
+    one of a uniform guess, ln(vocabulary): the run has long known less than nothing. Shorter
+    windows and means give false alarms: AdamW at a learning rate of 1 stays 4 nats above its start
+    for 40 of 300 steps, and comes back to beat it.
+
+    Where steps whose gradient is not finite are skipped, `patience` of them in a row are borne.
     """
 
     def __init__(self, steps: int, warmup_steps: int, patience: int = 0) -> None:
@@ -37,12 +39,17 @@ class DivergenceMonitor:
         self.window = max(LEAST_WINDOW, steps // 5)
         self.recent: deque[float] = deque(maxlen=self.window)
 
-    def update(self, step: int, loss: float) -> Divergence | None:
-        """Take the training loss of `step`, counted from 1; return the divergence, if it is one."""
-        self.nonfinite = 0 if math.isfinite(loss) else self.nonfinite + 1
+    def update(self, step: int, loss: float, norm: float = 0.0) -> Divergence | None:
+        """Take the training loss of `step`, counted from 1, and the norm of its gradient.
+
+        Returns the divergence, if it is one. A gradient that is not skipped shows in the next loss.
+        """
+        lost = not math.isfinite(loss)
+        skipped = self.patience > 0 and not math.isfinite(norm)
+        self.nonfinite = self.nonfinite + 1 if lost or skipped else 0
         if self.nonfinite > self.patience:
-            return Divergence(step, f"The training loss was {loss} at step {step}.")
-        if self.nonfinite:
+            return Divergence(step, self._nonfinite(step, loss if lost else None))
+        if lost:
             return None
         if self.first_loss is None:
             self.first_loss = loss
@@ -57,6 +64,11 @@ class DivergenceMonitor:
             f"The last {self.window} training losses at step {step} were all at least "
             f"{lowest:.2f}, and the first was {self.first_loss:.2f}.",
         )
+
+    def _nonfinite(self, step: int, loss: float | None) -> str:
+        what = "gradient was not finite" if loss is None else f"training loss was {loss}"
+        before = f", after {self.patience} steps that were skipped" if self.patience else ""
+        return f"The {what} at step {step}{before}."
 
     def state_dict(self) -> dict[str, object]:
         """Return what a checkpoint needs."""

@@ -35,7 +35,7 @@ class Gradient:
     norm: Tensor
     """Norm of the gradient before clipping."""
     statistics: dict[str, Tensor]
-    """What else the model told, by name: means over the parts of this process's batch."""
+    """What else the model told, by name: means over the parts of the batch, of all processes."""
 
 
 class Learner:
@@ -75,11 +75,13 @@ class Learner:
             steps=config.training.steps,
             processes=self.parallel.world_size,
         )
-        norm_test.of(config.batch, self.parameters, self.parallel)  # says now if it can't work
+        self._norm_test = norm_test.of(config, self.model, self.parallel)
         self.schedules = Schedules(self.optimizer, config.schedule, config.training.steps)
         self.schedules.set(*self.batch.place)
-        objective, self.warnings = objective_function(self.model, config, device)
-        self._objective = self.parallel.wrap(objective)
+        mine = self.parallel.rows(self.batch.size)[1]
+        self._objective, self.warnings = objective_function(
+            self.model, config, device, self.parallel, rows=-(-mine // self._parts(mine))
+        )
 
     def step(self, batch: Batch, clock: StepClock) -> tuple[Gradient, tuple[Mark, Mark]]:
         """Do one optimizer step on this process's rows of a batch.
@@ -122,39 +124,44 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         targets = self.parallel.mean((batch.targets != IGNORED).sum().float())
         losses, statistics = [], []
-        test = norm_test.of(self.config.batch, self.parameters, self.parallel)
+        test = self._norm_test
+        if test is not None:
+            test.begin()
         parts = list(self.parts(batch))
         for number, part in enumerate(parts):
-            with (
-                self.parallel.accumulating(last=number == len(parts) - 1 and test is None),
-                precision.autocast(training.precision, self.device),
-            ):
-                loss = self._objective(part.tokens, part.targets, part.documents, targets)
+            with self.parallel.accumulating(last=number == len(parts) - 1):
+                with precision.autocast(training.precision, self.device):
+                    loss = self._objective(part.tokens, part.targets, part.documents, targets)
+                # Autocast would round what the forward pass kept in float32.
                 loss.objective.backward()
             losses.append(loss.cross_entropy.detach())
             statistics.append(loss.statistics)
             if test is not None:
                 test.take((part.targets != IGNORED).sum() / targets)
-        if test is not None:
-            test.put_back()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = whole(precision.norm(gradients))
         if clip and training.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, training.clip_norm, norm)
-        means = {key: torch.stack([s[key] for s in statistics]).mean() for key in statistics[0]}
+        means = [torch.stack([s[key] for s in statistics]).mean() for key in statistics[0]]
+        told = self.parallel.mean(torch.stack([torch.stack(losses).sum(), *means])).unbind()
+        named = dict(zip(statistics[0], told[1:], strict=True))
         if test is not None:
-            means[norm_test.WANTED] = test.wanted(norm, self.batch.size)
-        return Gradient(self.parallel.mean(torch.stack(losses).sum()), norm, means)
+            named[norm_test.WANTED] = test.wanted(norm, self.batch.size)
+        return Gradient(told[0], norm, named)
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
         """Yield this process's rows in as many parts as its share of the accumulation has."""
-        rows = self.config.data.batch_size // self.config.training.gradient_accumulation
-        count = -(-len(batch.tokens) // rows)
+        count = self._parts(len(batch.tokens))
         documents = [None] * count if batch.documents is None else batch.documents.chunk(count)
         for tokens, targets, numbers in zip(
             batch.tokens.chunk(count), batch.targets.chunk(count), documents, strict=True
         ):
             yield Batch(tokens, targets, numbers)
+
+    def _parts(self, rows: int) -> int:
+        """Return the number of parts that so many rows of a process make."""
+        most = self.config.data.batch_size // self.config.training.gradient_accumulation
+        return -(-rows // most)
 
     def _observe(self, batch: Batch) -> None:
         """Give the optimizer the extra gradient that it declares to want before this step."""
@@ -167,7 +174,24 @@ class Learner:
                 self.gradient(batch)
         else:
             self.gradient(self._with_sampled_labels(batch), clip=False)
-        self.optimizer.observe(batch_tokens=self.batch.size * self.config.data.sequence_length)
+            self._weigh_targets(batch)
+        self.optimizer.observe(batch_tokens=self._batch_tokens)
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self.batch.size * self.config.data.sequence_length
+
+    def _weigh_targets(self, batch: Batch) -> None:
+        """Scale gradients such that their squares times all tokens are theirs times the targets.
+
+        An estimate of curvature is the square times the number of tokens with a loss, which only
+        the device knows where some have none.
+        """
+        if self.config.data.packing == "contiguous":
+            return
+        targets = self.parallel.sum((batch.targets != IGNORED).sum())
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, (targets / self._batch_tokens).sqrt())
 
     @torch.no_grad()
     def _with_sampled_labels(self, batch: Batch) -> Batch:
@@ -184,7 +208,9 @@ class Learner:
                 generator.manual_seed(
                     (0x5EED + (self.config.training.seed << 32) + row) % (1 << 63)
                 )
-                labels = torch.multinomial(of_row, 1, generator=generator)[:, 0]
+                # What torch.multinomial does, but that refuses odds that are not finite.
+                noise = torch.empty_like(of_row).exponential_(generator=generator)
+                labels = (of_row / noise).argmax(-1)
                 drawn.append(torch.where(targets == IGNORED, targets, labels))
                 row += 1
         return Batch(batch.tokens, torch.stack(drawn), batch.documents)

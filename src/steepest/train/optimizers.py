@@ -27,6 +27,7 @@ from steepest.train.config import OptimizerConfig
 from steepest.train.identity import is_class, is_file
 
 OwnClass = type[Any]
+OWN_CLASS = "a class of your own is given as 'path/to/file.py:Class' or 'package.module:Class'"
 
 
 def build(
@@ -81,6 +82,11 @@ def build(
         optimizer: torch.optim.Optimizer = cls(params, lr=config.lr, **options)
     except Exception as error:
         raise _failed(config, error) from error
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise UserError(
+            f"{config.name} has parameter groups without 'lr', where a schedule puts the learning "
+            "rate; give it to the defaults of torch.optim.Optimizer.__init__."
+        )
     return optimizer
 
 
@@ -157,6 +163,8 @@ def source_sha256(name: str) -> str:
 def load_class(name: str) -> tuple[OwnClass, str]:
     """Return the class that "file.py:Class" or "module:Class" names, and its file's SHA-256."""
     location, _, class_name = name.rpartition(":")
+    if not (location and class_name):
+        raise UserError(f"{name!r} names no class; {OWN_CLASS}.")
     module = _load_file(Path(location)) if is_file(location) else _import(location)
     cls = getattr(module, class_name, None)
     if cls is None:
@@ -198,11 +206,8 @@ def _load_file(path: Path) -> types.ModuleType:
 def _import(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"Cannot import {name!r}: {error}. A class of your own is given as "
-            "'path/to/file.py:Class' or 'package.module:Class'."
-        ) from None
+    except Exception as error:  # whatever the module raises
+        raise UserError(f"Cannot import {name!r}: {error}; {OWN_CLASS}.") from None
 
 
 def _check_options(cls: OwnClass, config: OptimizerConfig) -> set[str]:

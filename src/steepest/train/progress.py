@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from steepest.train.run_state import RunState
 from steepest.train.timing import StepClock
 
 PROGRESS_SECONDS = 0.25
@@ -29,6 +29,22 @@ class Progress:
     """Of steps and evaluations to come, by those so far; None before the first step."""
 
 
+def progress_of(state: RunState, phase: str) -> Progress:
+    """Return how far a run is."""
+    steps = state.learner.batch.expected_steps
+    every = state.config.evaluation.every
+    return Progress(
+        step=state.step,
+        steps=steps,
+        tokens=state.tokens,
+        loss=state.loss,
+        tokens_per_second=state.tokens_per_second,
+        phase=phase,
+        mfu=state.mfu,
+        seconds_left=seconds_left(state.clock, state.step, steps, every),
+    )
+
+
 def seconds_left(clock: StepClock, step: int, steps: int, evaluate_every: int) -> float | None:
     """Return what the rest of a run will take at the pace so far, None before the first step.
 
@@ -36,6 +52,8 @@ def seconds_left(clock: StepClock, step: int, steps: int, evaluate_every: int) -
     """
     if not clock.step_seconds:
         return None
-    left = steps - step
     evaluation = clock.evaluation_seconds / (1 + step // evaluate_every)
-    return left * clock.step_seconds + math.ceil(left / evaluate_every) * evaluation
+    evaluations = steps // evaluate_every - step // evaluate_every
+    if steps % evaluate_every and step < steps:
+        evaluations += 1  # the last
+    return (steps - step) * clock.step_seconds + evaluations * evaluation

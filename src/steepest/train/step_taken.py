@@ -22,6 +22,8 @@ class StepTaken:
     batch_size: int
     rows: int
     """Rows that the run had seen after it."""
+    skipped: int
+    """Steps that had been left out for want of finite gradients."""
     marks: tuple[Mark, Mark, Mark, Mark, Mark]
     moved: dict[str, Tensor]
     """Update-to-weight ratios by role, 0-d; empty unless the step is logged."""
@@ -35,7 +37,7 @@ class StepTaken:
             "lr": self.lrs,
             "grad_norm": norm,
             "clipped_grad_norm": min(norm, clip_norm) if norm is not None and clip_norm else norm,
-            **{name: value.item() for name, value in self.gradient.statistics.items()},
+            **{name: finite(value) for name, value in self.gradient.statistics.items()},
             "update_ratio": {role: finite(ratio) for role, ratio in self.moved.items()},
         }
 

@@ -35,6 +35,7 @@ class StepClock:
         self._fresh = True  # until the second step of this process
         self._sums = [0.0] * (1 + len(PARTS))
         self.evaluation_seconds = 0.0
+        self.saving_seconds = 0.0
         self._steps: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
 
     def mark(self) -> Mark:
@@ -72,15 +73,23 @@ class StepClock:
         yield
         self.evaluation_seconds += time.perf_counter() - start
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count the time that the context lasts, in which no step runs, as that of checkpoints."""
+        start = time.perf_counter()
+        yield
+        self.saving_seconds += time.perf_counter() - start
+
     @property
     def seconds(self) -> float:
         """Sum of the durations of steps."""
         return self._sums[0]
 
     def totals(self) -> dict[str, float]:
-        """Return the seconds that each of `PARTS`, and evaluation, have taken in all."""
+        """Return the seconds that each of `PARTS`, evaluations and checkpoints took in all."""
         parts = dict(zip(PARTS, self._sums[1:], strict=True))
-        return {**parts, "evaluation": self.evaluation_seconds}
+        beside = {"evaluation": self.evaluation_seconds, "checkpoint": self.saving_seconds}
+        return {**parts, **beside}
 
     @property
     def step_seconds(self) -> float:
@@ -100,16 +109,19 @@ class StepClock:
         return {
             "sums": list(self._sums),
             "evaluation_seconds": self.evaluation_seconds,
+            "saving_seconds": self.saving_seconds,
             "steps": torch.tensor(list(self._steps), dtype=torch.float64),
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from `state_dict`."""
         sums, evaluation, steps = state["sums"], state["evaluation_seconds"], state["steps"]
+        saving = state.get("saving_seconds", 0.0)  # older checkpoints have none
         assert isinstance(sums, list)
         assert isinstance(evaluation, float)
+        assert isinstance(saving, float)
         assert isinstance(steps, torch.Tensor)
-        self._sums, self.evaluation_seconds = sums, evaluation
+        self._sums, self.evaluation_seconds, self.saving_seconds = sums, evaluation, saving
         self._steps = deque(map(tuple, steps.tolist()), maxlen=WINDOW)
 
 

@@ -16,7 +16,7 @@ from steepest.models import cross_entropy
 from steepest.train import RunConfig, Runtime, measuring, planning, read_metrics, run
 from steepest.train.activations import activation_bytes
 from steepest.train.learner import Learner
-from steepest.train.peaks import peaks
+from steepest.train.peaks import peak_of, peaks
 
 from .conftest import MakeConfig
 
@@ -27,7 +27,7 @@ DEEP = {"layers": 6, "hidden_size": 32}
 @pytest.mark.parametrize(
     "changes",
     [
-        {"name": "muon", "every": 7, "at": (10, 31), "train_tokens": 64},
+        {"name": "muon", "every": 7, "at": (10, 15), "train_tokens": 64},
         {"name": "adamw", "wrap": ("cautious",), "precision": "pure_bfloat16_kahan"},
         {"name": "soap", "gradient_accumulation": 2, "ema": (0.9,), "windows": (1, 2)},
         {"name": "adafactor", "batch.schedule": "ramp", "start_rows": 1, "increment_rows": 1,
@@ -109,7 +109,7 @@ def test_the_loss_on_a_gpu_has_larger_chunks(
 
 def test_gpus(make_config: MakeConfig) -> None:
     plan = planning.plan(make_config(name="adamw", steps=20))
-    assert all(8 <= peak.memory_gb <= 200 for peak in peaks())
+    assert all(8 <= peak.memory_gib <= 200 for peak in peaks())
     found = planning.find_gpus(["a100-sxm4-80gb", "H200", "NVIDIA H200", "RTX 30"])
     names = ["A100-SXM4-80GB", "H200", *(f"GeForce RTX {n}" for n in ("3080", "3090", "3090 Ti"))]
     assert list(found) == [f"NVIDIA {name}" for name in names]
@@ -122,7 +122,8 @@ def test_gpus(make_config: MakeConfig) -> None:
     assert estimate.fits
     total = plan.gpu_memory.total
     assert total is not None
-    small = dataclasses.replace(peak, memory_gb=total / 1e9)
+    assert estimate.memory_bytes == 141 * 2**30
+    small = dataclasses.replace(peak, memory_gib=total / 2**30)
     assert planning.on_gpu(plan, "small", small, 0.5).fits is False
     with pytest.raises(UserError, match="H100"):
         planning.find_gpus(["H1000"])
@@ -131,7 +132,64 @@ def test_gpus(make_config: MakeConfig) -> None:
             planning.on_gpu(plan, "NVIDIA H200", peak, mfu)
 
 
-def test_measuring_scales_a_part_to_the_run(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("name", "units", "operations", "boost"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132, 4096, 1.83),
+        ("NVIDIA H100 PCIe", 114, 4096, 1.62),
+        ("NVIDIA H200", 132, 4096, 1.83),
+        ("NVIDIA A100-SXM4-80GB", 108, 2048, 1.41),
+        ("NVIDIA A100-PCIE-40GB", 108, 2048, 1.41),
+        ("NVIDIA A30", 56, 2048, 1.44),
+        ("NVIDIA A40", 84, 1024, 1.74),
+        ("NVIDIA A10", 72, 1024, 1.695),
+        ("NVIDIA RTX A6000", 84, 1024, 1.8),
+        ("NVIDIA L4", 58, 1024, 2.04),
+        ("NVIDIA L40", 142, 512, 2.49),
+        ("NVIDIA GeForce RTX 3080", 68, 512, 1.71),
+        ("NVIDIA GeForce RTX 3090", 82, 512, 1.695),
+        ("NVIDIA GeForce RTX 3090 Ti", 84, 512, 1.86),
+        ("NVIDIA GeForce RTX 4080", 76, 512, 2.505),
+        ("NVIDIA GeForce RTX 4090", 128, 512, 2.52),
+        ("NVIDIA GeForce RTX 5090", 170, 512, 2.407),
+    ],
+)
+def test_peaks_follow_from_units_and_clocks(
+    name: str, units: int, operations: int, boost: float
+) -> None:
+    """Multiprocessors, dense bf16 operations that one does in a cycle, and the clock in GHz."""
+    peak = peak_of(name)
+    assert peak is not None
+    assert peak.bf16_tflops == pytest.approx(units * operations * boost / 1000, rel=0.005)
+
+
+@pytest.mark.parametrize("every", [1, 7, 20, 50])
+@pytest.mark.parametrize("at", [(), (1, 7, 19), (20,)])
+def test_evaluations_are_counted_without_listing_them(
+    every: int, at: tuple[int, ...], make_config: MakeConfig
+) -> None:
+    config = make_config(name="adamw", steps=20, every=every, at=at)
+    assert planning.plan(config).evaluations == len({*range(0, 21, every), *at, 20})
+    long = dataclasses.replace(config.training, steps=10**15)
+    long_config = dataclasses.replace(config, training=long)
+    assert planning.plan(long_config).evaluations == pytest.approx(10**15 / every)
+
+
+def test_evaluation_is_measured(make_config: MakeConfig) -> None:
+    config = make_config(name="adamw", batch_size=8, sequence_length=64)
+    learner = Learner(config, CPU)
+    model, _, _ = measuring._timed(learner, 8, 0.1, 10)
+    weights = [p.detach().clone() for p in learner.parameters]
+    assert 0 < measuring._evaluation_seconds(learner, 8) < 2 * model
+    assert learner.model.training
+    for before, after in zip(weights, learner.parameters, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_measuring_scales_a_part_to_the_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_evaluation_seconds", lambda _, rows: 16 * rows * 1e-3)
     config = make_config(steps=40, batch_size=8, gradient_accumulation=2)
     plan = planning.plan(config)
     assert measuring.refusal(config, plan, CPU) == ""
@@ -139,8 +197,7 @@ def test_measuring_scales_a_part_to_the_run(make_config: MakeConfig) -> None:
     assert (found.rows, found.fits) == (4, True)
     assert 1 <= found.steps <= 40
     assert found.tokens_per_second == pytest.approx(8 * 16 / found.step_seconds)
-    model = 40 * (found.step_seconds - found.optimizer_seconds)
-    evaluation = model / plan.tokens * plan.evaluation_tokens / 3
+    evaluation = 1e-3 * plan.evaluation_tokens
     assert found.seconds == pytest.approx(40 * found.step_seconds + evaluation)
 
 

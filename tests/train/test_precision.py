@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import steepest
 from steepest import data, models
 from steepest.train import RunConfig, Runtime, is_resolved, precision, resolve, run
 from steepest.train.learner import Learner
@@ -89,6 +90,63 @@ def test_pure_bfloat16_freezes_gains_and_better_rounding_moves_them(
         share, distance = moved_gains(make_config, name)
         assert share > 0.9
         assert distance == pytest.approx(exact, rel=0.15)
+
+
+def rounded(seed: int, steps: int) -> list[torch.Tensor]:
+    """Return which elements of two equal tensors a step rounds up to 1, for each of some steps.
+
+    Its aim is 0.3 of bfloat16's last place below 1.
+    """
+    weights = [torch.nn.Parameter(torch.ones(400, 500, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = steepest.create(
+        "sgd", weights, lr=0.3 * 2**-8, momentum=0.0, weight_decay=0.0, seed=seed,
+        wrap=precision.WRAPPERS["pure_bfloat16_stochastic"],
+    )  # fmt: skip
+    found = []
+    for _ in range(steps):
+        for weight in weights:
+            torch.nn.init.ones_(weight)
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        found += [weight.detach() == 1 for weight in weights]
+        assert {w.item() for w in weights[0].unique()} == {1.0, 1 - 2**-8}
+    return found
+
+
+def test_stochastic_rounding_is_right_on_average_and_a_function_of_seed_parameter_and_step() -> (
+    None
+):
+    draws = rounded(seed=1, steps=2)
+    assert all(map(torch.equal, draws, rounded(seed=1, steps=2)))
+    for draw in [*draws, *rounded(seed=2, steps=1)]:
+        up = draw.double().mean().item()
+        assert up == pytest.approx(0.7, abs=5 * (0.7 * 0.3 / draw.numel()) ** 0.5)
+    draws += rounded(seed=2, steps=1)
+    for index, one in enumerate(draws):
+        for other in draws[:index]:
+            assert (one & other).double().mean().item() == pytest.approx(0.49, abs=6e-3)
+
+
+def test_the_norm_of_bfloat16_tensors_is_not_rounded_to_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.bfloat16, 1e-6), (torch.float32, 1e-6), (torch.float64, 1e-14)):
+        tensors = [torch.randn(n, n, generator=generator).to(dtype) for n in (30, 7)]
+        wanted = torch.cat([t.flatten().double() for t in tensors]).norm().item()
+        found = precision.norm(tensors)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        assert found.item() == pytest.approx(wanted, rel=tolerance)
+        if dtype == torch.float32:  # the bits that runs have had
+            assert torch.equal(found, torch.nn.utils.get_total_norm(tensors))
+
+
+def test_gradients_in_bfloat16_are_clipped_by_their_norm(make_config: MakeConfig) -> None:
+    learner = Learner(make_config(precision="pure_bfloat16", clip_norm=0.125), CPU)
+    whole = learner.gradient(batch(), clip=False).norm.item()
+    gradients = torch.cat([p.grad.flatten() for p in learner.parameters if p.grad is not None])
+    assert whole == pytest.approx(gradients.double().norm().item(), rel=1e-6)
+    assert learner.gradient(batch()).norm.item() == whole > 0.125
+    clipped = torch.cat([p.grad.flatten() for p in learner.parameters if p.grad is not None])
+    assert clipped.double().norm().item() == pytest.approx(0.125, rel=1e-4)
 
 
 MODELS: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from steepest.train import multiplier, published
 
 Formula = Callable[[int, int, int], float]
 
-CASES = [(5, 2), (20, 5), (40, 8), (100, 10), (1000, 300)]
+CASES = [(5, 2), (20, 5), (40, 8), (100, 10), (128, 11), (1000, 300), (1003, 17)]
 """Steps and warmup steps."""
 
 
-def values(name: str, steps: int, warmup: int, **changes: float) -> list[float]:
+def values(name: str, steps: int, warmup: int, **changes: Any) -> list[float]:
     schedule = published(name, warmup_steps=warmup, **changes)
     return [multiplier(step, steps, schedule) for step in range(steps)]
 
@@ -49,11 +50,28 @@ def test_one_cycle(name: str, shape: str, steps: int, warmup: int, final: float)
     assert found[-1] == pytest.approx(0.01 / final, rel=1e-12)
 
 
-def epfl_wsd(s: int, steps: int, warmup: int) -> float:
-    decay = int(0.2 * steps)
+def epfl_wsd(
+    s: int, steps: int, warmup: int, shape: str = "sqrt", end: tuple[float, float] = (0.2, 0.0)
+) -> float:
+    fraction, final = end
+    decay = int(fraction * steps)
+    hold = steps - decay
     if s < warmup:
         return s / warmup + (1 - s / warmup) / 100
-    return 1.0 if s < steps - decay else 1 - math.sqrt((s - (steps - decay)) / decay)
+    if s < hold:
+        return 1.0
+    x = (s - hold) / decay
+    if shape == "exponential":
+        return math.pow(final, x)
+    cosine = final + (1 - final) * (1 + math.cos(math.pi * x)) * 0.5
+    line = final + (1 - final) * (1 - x)
+    return {
+        "linear": line,
+        "cosine": cosine,
+        "mirror_cosine": 2 * line - cosine,
+        "square": final + (1 - final) * (1 - x**2),
+        "sqrt": final + (1 - final) * (1 - math.sqrt(x)),
+    }[shape]
 
 
 def epfl_cos_inf(s: int, steps: int, warmup: int) -> float:
@@ -83,7 +101,7 @@ def torchtitan(s: int, steps: int, warmup: int) -> float:
 def modded_nanogpt(s: int, steps: int, warmup: int) -> float:
     if s < warmup:
         return (s + 1) / warmup
-    decay = round(0.2 * steps)
+    decay = int(0.2 * steps)
     return 1.0 if s < steps - decay else (steps - s) / decay
 
 
@@ -109,6 +127,17 @@ def test_formulas(name: str, formula: Formula, steps: int, warmup: int) -> None:
     changes = {"constant_steps": steps // 4} if name == "epfl_cos_inf" else {}
     expected = [formula(step, steps, warmup) for step in range(steps)]
     assert values(name, steps, warmup, **changes) == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    "shape", ["linear", "sqrt", "square", "cosine", "mirror_cosine", "exponential"]
+)
+@pytest.mark.parametrize(("steps", "fraction"), [(100, 0.1), (128, 0.2), (100, 0.29), (1003, 0.9)])
+def test_every_cooldown_is_that_of_the_program(shape: str, steps: int, fraction: float) -> None:
+    choices: dict[str, Any] = {"decay_fraction": fraction, "decay_shape": shape}
+    found = values("epfl_wsd", steps, 10, final_lr_ratio=0.05, **choices)
+    expected = [epfl_wsd(s, steps, 10, shape, (fraction, 0.05)) for s in range(steps)]
+    assert found == pytest.approx(expected, abs=1e-14)
 
 
 def test_corners_of_runs_as_they_were_launched() -> None:

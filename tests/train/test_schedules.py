@@ -93,7 +93,7 @@ SHAPES = {
 @pytest.mark.parametrize("first_step", [0, 1])
 def test_wsd_holds_then_decays_over_its_fraction(shape: str, first_step: int) -> None:
     values = curve("wsd", decay_fraction=0.2, decay_shape=shape, first_step=first_step)
-    decay = round(0.2 * STEPS)
+    decay = 20  # 0.2 * 101, rounded down
     held, decayed = values[WARMUP - 1 : STEPS - decay], values[STEPS - decay :]
     assert set(held) == {1.0}
     expected = [SHAPES[shape]((i + first_step) / decay) for i in range(decay)]
@@ -125,6 +125,29 @@ def test_a_step_of_several_batches_is_at_its_start_or_end(name: str, first_step:
     assert multiplier(0.0, STEPS, schedule, length=0.25) == 0.25 / WARMUP
 
 
+@pytest.mark.parametrize("first_step", [0, 1])
+@pytest.mark.parametrize("start", [None, 0.01])
+@pytest.mark.parametrize("shape", ["linear", "half_cosine"])
+def test_so_is_a_step_of_a_warmup_with_a_start(
+    shape: str, start: float | None, first_step: int
+) -> None:
+    schedule = ScheduleConfig(
+        warmup_steps=WARMUP,
+        warmup_shape=shape,  # type: ignore[arg-type]
+        warmup_start_ratio=start,
+        first_step=first_step,
+    )
+    behind = 3 if start is None or first_step else 0
+    for step in range(0, WARMUP - 3):
+        whole = multiplier(step, STEPS, schedule, length=4.0)
+        assert whole == pytest.approx(multiplier(step + behind, STEPS, schedule), abs=1e-15)
+    if behind:  # it ends where the warmup does
+        assert multiplier(WARMUP - 4, STEPS, schedule, length=4.0) == 1.0
+    low = 1 / WARMUP if start is None else start
+    if (shape, start) != ("linear", None):
+        assert multiplier(0.0, STEPS, schedule, length=0.25) == low
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -135,6 +158,8 @@ def test_a_step_of_several_batches_is_at_its_start_or_end(name: str, first_step:
         ({"first_step": 2}, "schedule.first_step must be 0 or 1, not 2"),
         ({"warmup_start_ratio": 1.5}, "schedule.warmup_start_ratio must be between 0 and 1"),
         ({"decay_fraction": 0.0}, "schedule.decay_fraction must be above 0"),
+        ({"name": "constant", "final_lr_ratio": 0.2}, "schedule.final_lr_ratio is 0.2, but it is"),
+        ({"name": "none", "warmup_shape": "half_cosine"}, "schedule.name is none"),
         (
             {"name": "wsd", "decay_shape": "exponential", "final_lr_ratio": 0.0},
             "which is 0 at once with schedule.final_lr_ratio 0",
@@ -154,6 +179,10 @@ def test_a_schedule_must_fit_its_run() -> None:
     schedule = ScheduleConfig("cosine_constant", constant_steps=10)
     with pytest.raises(UserError, match=r"warmup_steps \+ constant_steps is 30"):
         RunConfig(schedule=schedule, training=training)
+    for name in ("wsd", "trapezoid"):
+        RunConfig(schedule=ScheduleConfig(name, 20, decay_fraction=1 / 3), training=training)
+        with pytest.raises(UserError, match=r"is 20 and .* 0.4, 12 steps; together .* is 30"):
+            RunConfig(schedule=ScheduleConfig(name, 20, decay_fraction=0.4), training=training)
 
 
 @pytest.mark.parametrize("tensor", [False, True])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from steepest.errors import UserError
-from steepest.train.parallel import whole
 from steepest.train.precision import floats
 
 
@@ -41,6 +40,20 @@ class AveragingConfig:
         for window in self.windows:
             if window < 1:
                 raise UserError(f"averaging.windows must be at least 1, not {window}.")
+        for name, values in (("ema", self.ema), ("windows", self.windows)):
+            if len(set(values)) < len(values):
+                raise UserError(f"averaging.{name} has a value more than once: {list(values)}.")
+
+    def check(self, steps: int) -> None:
+        """Raise UserError for an average that at most `steps` steps have too few samples for."""
+        samples = max(0, steps // self.every - max(self.start - 1, 0) // self.every)
+        needed = max([*self.windows, *(1 for _ in self.ema)], default=0)
+        if needed > samples:
+            raise UserError(
+                f"averaging needs {needed} samples of weights, one every {self.every} steps from "
+                f"step {self.start} on, but training.steps is {steps}, which has {samples}; lower "
+                "averaging.every, start or windows."
+            )
 
 
 class Averages:
@@ -74,7 +87,7 @@ class Averages:
 
     def names(self) -> list[str]:
         """Return the averages that there are by now."""
-        exponential = [f"ema_{decay:g}" for decay in self.exponential]
+        exponential = [f"ema_{decay!r}" for decay in self.exponential]
         filled = [f"window_{n}" for n in self.config.windows if n <= len(self.samples)]
         return exponential + filled
 
@@ -100,13 +113,13 @@ class Averages:
         return [torch.stack(values).mean(0) for values in zip(*latest, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs."""
+        """Return what a checkpoint needs; of sharded weights, in process 0 alone."""
         return {
             "ema": {
-                f"{decay!r}": [whole(v) for v in values]
+                f"{decay!r}": [_gathered(v) for v in values]
                 for decay, values in self.exponential.items()
             },
-            "samples": [[whole(v) for v in values] for values in self.samples],
+            "samples": [[_gathered(v) for v in values] for values in self.samples],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,3 +137,11 @@ class Averages:
             else v.to(p.device)
             for v, p in zip(values, self.parameters, strict=True)
         ]
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor whole: of processes that hold parts, in the memory of the first one's CPU."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()
+    return gathered.cpu() if tensor.device_mesh.get_rank() == 0 else gathered.new_empty(0)

@@ -162,3 +162,16 @@ class BatchSize:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.steps, self.rows, self._tested = state["steps"], state["rows"], state["tested"]
+
+
+def steps_taken(config: BatchConfig, *, batch_size: int, steps: int) -> int:
+    """Return the steps of a run of `steps` batches of `batch_size` rows, of which a ramp has more.
+
+    How many the norm test makes of them is not known before, so its are `steps`, the most.
+    """
+    if config.schedule != "ramp":
+        return steps
+    batch = BatchSize(config, batch_size=batch_size, steps=steps)
+    while not batch.finished:
+        batch.advance()
+    return batch.steps

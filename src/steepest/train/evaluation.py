@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 import steepest
 from steepest import data
 from steepest.data import Batch
 from steepest.data.splits import TokenSplit
+from steepest.errors import UserError
 from steepest.models import LanguageModel
 from steepest.models.cross_entropy import IGNORED
 from steepest.train.config import RunConfig
@@ -53,7 +56,7 @@ def evaluate(
     """Return the loss over `tokens` tokens of a split, the same ones every time.
 
     Every target weighs the same, whatever the batch and the number of processes; the sum is in
-    float64. The model is in evaluation mode meanwhile.
+    float64. The model is in evaluation mode meanwhile. Raises UserError if there is no target.
     """
     parallel = parallel or Parallel()
     batches = data.validation_batches(
@@ -74,8 +77,24 @@ def evaluate(
         if count := int((batch.targets != IGNORED).sum()):
             total += torch.stack((loss.double() * count, torch.full_like(total[0], count)))
     model.train()
+    _let_go(model)
     nats, count = parallel.sum(total).tolist()
+    if not count:
+        raise UserError(
+            "None of the tokens to evaluate has one to predict; use a longer data.sequence_length "
+            "or more evaluation.tokens."
+        )
     return Score(nats / count, split.bytes_per_token)
+
+
+def _let_go(model: nn.Module) -> None:
+    """Let FSDP drop the weights it has gathered for a forward pass and keeps for a backward pass.
+
+    Here comes none, and the next pass may be of others: those in training, or an average.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _as_many(batches: Iterator[Batch], parallel: Parallel, length: int) -> Iterator[Batch]:

@@ -20,7 +20,7 @@ from steepest.errors import UserError, unknown
 from steepest.optim.memory import held
 from steepest.train import optimizers, precision
 from steepest.train.activations import activation_bytes
-from steepest.train.batch_size import BatchSize
+from steepest.train.batch_size import steps_taken
 from steepest.train.config import DataConfig, RunConfig
 from steepest.train.identity import is_class
 from steepest.train.peaks import Peak, peaks
@@ -97,7 +97,7 @@ class GPUEstimate:
     """What a run takes on one GPU of a kind."""
 
     name: str
-    memory_gb: float
+    memory_bytes: float
     fits: bool | None
     """Whether what it holds is below `USABLE` of the GPU's memory; None if that is not known."""
     seconds: float
@@ -112,7 +112,7 @@ def plan(config: RunConfig) -> Plan:
     optimizers.check(config.optimizer, config.model)
     corpus_tokens = _corpus_tokens(config.data)
     data, training, evaluation = config.data, config.training, config.evaluation
-    evaluations = len(_evaluated_steps(config))
+    evaluations = _evaluations(config)
     scored = evaluation.tokens * (1 + len(config.averaging.ema) + len(config.averaging.windows))
     tokens, on_cpu = training.steps * config.tokens_per_step, memory(config)
     return Plan(
@@ -174,22 +174,15 @@ def _corpus_tokens(config: DataConfig) -> int | None:
 
 
 def _steps(config: RunConfig) -> int:
-    """Return the number of steps, which a ramp has more of."""
-    if config.batch.schedule != "ramp":
-        return config.training.steps
-    batch = BatchSize(config.batch, batch_size=config.data.batch_size, steps=config.training.steps)
-    while not batch.finished:
-        batch.advance()
-    return batch.steps
+    """Return the number of steps that a run takes."""
+    return steps_taken(config.batch, batch_size=config.data.batch_size, steps=config.training.steps)
 
 
-def _evaluated_steps(config: RunConfig) -> set[int]:
-    steps = _steps(config)
-    return {
-        *range(0, steps + 1, config.evaluation.every),
-        *(step for step in config.evaluation.at if step <= steps),
-        steps,
-    }
+def _evaluations(config: RunConfig) -> int:
+    """Return how often a run is evaluated: before the first step, after the last, and between."""
+    steps, every = _steps(config), config.evaluation.every
+    others = {step for step in (*config.evaluation.at, steps) if step <= steps and step % every}
+    return 1 + steps // every + len(others)
 
 
 def with_state(plan: Plan, state_bytes: int) -> Plan:
@@ -230,8 +223,8 @@ def on_gpu(plan: Plan, name: str, peak: Peak, mfu: float) -> GPUEstimate:
     check_mfu(mfu)
     seconds = (plan.training_flops + plan.evaluation_flops) / (peak.bf16_tflops * 1e12 * mfu)
     total = plan.gpu_memory.total
-    fits = None if total is None else total <= USABLE * 1e9 * peak.memory_gb
-    return GPUEstimate(name, peak.memory_gb, fits, seconds, seconds * peak.watts)
+    fits = None if total is None else total <= USABLE * peak.memory_bytes
+    return GPUEstimate(name, peak.memory_bytes, fits, seconds, seconds * peak.watts)
 
 
 def check_mfu(mfu: float) -> None:

@@ -56,3 +56,13 @@ def stored_bytes(tensor: Tensor) -> int:
     if isinstance(tensor, Int8Weight):
         return tensor.stored_bytes()
     return tensor.numel() * tensor.element_size()
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """Return the norm of all elements of tensors of one dtype, 0-d, in float32 if that is bfloat16.
+
+    torch.nn.utils.get_total_norm rounds that to 8 bits, as it does with the norms of the tensors.
+    """
+    exact = torch.promote_types(tensors[0].dtype, torch.float32)
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, exact)))
+    return whole

@@ -13,7 +13,8 @@ from steepest.data import TokenData, open_tokens, prepare
 from steepest.data.shards import is_prepared
 from steepest.errors import UserError
 from steepest.train import optimizers, precision
-from steepest.train.config import DataConfig, OptimizerConfig, Option, RunConfig
+from steepest.train.batch_size import steps_taken
+from steepest.train.config import DataConfig, Option, RunConfig
 from steepest.train.identity import is_class
 
 
@@ -68,7 +69,7 @@ def resolve(
         ),
         optimizer=dataclasses.replace(
             config.optimizer,
-            options=_all_options(config.optimizer, config.training.steps),
+            options=_all_options(config),
             source_sha256=_pinned(
                 "optimizer.source_sha256",
                 config.optimizer.source_sha256,
@@ -82,26 +83,28 @@ def resolve(
     )
 
 
-def _all_options(config: OptimizerConfig, steps: int) -> dict[str, Option]:
+def _all_options(config: RunConfig) -> dict[str, Option]:
     """Return the hyperparameters given, and the defaults of the rest for the catalogue's names.
 
-    What is to be as long as the training is `steps`. A hyperparameter that is None by default,
-    which TOML cannot say, or infinite is left out.
+    What is to be as long as the training is its number of steps. A hyperparameter that is None by
+    default, which TOML cannot say, or infinite is left out.
     """
-    lengths: dict[str, Option] = dict.fromkeys(
-        sorted(optimizers.total_steps_options(config.name)), steps
+    name, options = config.optimizer.name, config.optimizer.options
+    steps = steps_taken(
+        config.batch, batch_size=config.data.batch_size, steps=config.training.steps
     )
-    if is_class(config.name):
-        return lengths | config.options
-    defaults = steepest.describe(config.name).hyperparameters
+    lengths: dict[str, Option] = dict.fromkeys(sorted(optimizers.total_steps_options(name)), steps)
+    if is_class(name):
+        return lengths | options
+    defaults = steepest.describe(name).hyperparameters
     return (
         lengths
         | {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, (value, _) in defaults.items()
-            if value is not None and value != math.inf and name != "lr"
+            key: list(value) if isinstance(value, tuple) else value
+            for key, (value, _) in defaults.items()
+            if value is not None and value != math.inf and key != "lr"
         }
-        | config.options
+        | options
     )
 
 

@@ -52,7 +52,7 @@ class ScheduleConfig:
     final_lr_ratio: float = 0.1
     """Multiple of the peak at the end (inverse_sqrt, constant and none have none)."""
     decay_fraction: float = 0.2
-    """Part of all steps over which wsd and trapezoid decay."""
+    """Part of all steps over which wsd and trapezoid decay: so many steps, rounded down."""
     decay_shape: Literal["linear", "sqrt", "square", "cosine", "mirror_cosine", "exponential"] = (
         "linear"
     )
@@ -107,6 +107,15 @@ class ScheduleConfig:
                 f"{which} is {self.warmup_steps + self.constant_steps}; it must be less than "
                 f"training.steps, which is {steps}."
             )
+        if (
+            self.name in _ONLY_OF["decay_fraction"]
+            and self.warmup_steps + self.decay(steps) > steps
+        ):
+            raise UserError(
+                f"schedule.warmup_steps is {self.warmup_steps} and schedule.decay_fraction "
+                f"{self.decay_fraction}, {self.decay(steps)} steps; together they must be at most "
+                f"training.steps, which is {steps}."
+            )
         if self.weight_decay == "independent":
             for step in (0, steps - 1):
                 if multiplier(step, steps, self) == 0:
@@ -117,8 +126,17 @@ class ScheduleConfig:
                         + " a value above 0."
                     )
 
+    def decay(self, steps: int) -> int:
+        """Return over how many of `steps` steps wsd and trapezoid decay."""
+        return max(1, int(self.decay_fraction * steps))
 
+
+_FALLING = ("cosine", "linear", "wsd", "trapezoid", "cosine_constant")
+_WARMED = (*_FALLING, "inverse_sqrt", "constant")
 _ONLY_OF = {
+    "warmup_shape": _WARMED,
+    "warmup_start_ratio": _WARMED,
+    "final_lr_ratio": _FALLING,
     "decay_fraction": ("wsd", "trapezoid"),
     "decay_shape": ("wsd",),
     "constant_steps": ("cosine_constant",),
@@ -150,7 +168,7 @@ def multiplier(step: float, steps: int, schedule: ScheduleConfig, length: float 
     at = step + length * schedule.first_step
     start, end = max(schedule.warmup_steps, schedule.first_step), steps
     if schedule.name in ("wsd", "trapezoid"):
-        start = max(start, steps - max(1, round(schedule.decay_fraction * steps)))
+        start = max(start, steps - schedule.decay(steps))
     if schedule.name == "cosine_constant":
         end -= schedule.constant_steps
     if climbed < 1 or schedule.name == "constant" or at <= start:
@@ -165,11 +183,12 @@ def _warmup(step: float, length: float, schedule: ScheduleConfig) -> float:
     """Return the factor that the warmup has reached; 1 when it is over."""
     steps, start = schedule.warmup_steps, schedule.warmup_start_ratio
     if start is None and schedule.warmup_shape == "linear":
-        return min((step + length) / steps, 1.0) if step < steps else 1.0
-    top = steps - (1 if start is None else schedule.first_step)
-    if step >= top:
+        return min((step + length) / steps, 1.0) if steps else 1.0
+    first = 1 if start is None else schedule.first_step  # where on the curve step 0 is
+    x = (step + first * (length - 1)) / (steps - first) if steps > first else 1.0
+    if x >= 1:
         return 1.0
-    x = step / top
+    x = max(x, 0.0)  # before it, as a part of a batch is
     if schedule.warmup_shape == "half_cosine":
         x = _half_cosine(x)
     start = 1 / steps if start is None else start

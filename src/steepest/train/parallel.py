@@ -1,27 +1,35 @@
 """The processes that train one model together: replicas (DDP) or shards of it (FSDP2).
 
-torchrun, or on one machine `steepest train --runtime.processes N`, starts them and tells each its
-place in the environment.
+torchrun, Slurm's srun, or `steepest train --runtime.processes N` starts them; the environment tells
+each its place.
 """
 
 from __future__ import annotations
 
 import atexit
+import io
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.checkpoint import state_dict as checkpoints
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest.errors import UserError
+from steepest.train import identity
 from steepest.train.checkpoints import load_optimizer
+from steepest.train.group import TIMEOUT
+
+Value = TypeVar("Value")
 
 WHOLE = checkpoints.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -63,6 +71,17 @@ class Parallel:
         """Return whether the flag is set in any process."""
         return flag
 
+    def from_first(self, work: Callable[[], Value]) -> Value:
+        """Do `work` in process 0 alone, and return what it gave there, tensors on the CPU."""
+        return work()
+
+    def once_per_machine(self, work: Callable[[], Value]) -> Value:
+        """Do `work` in every process, but first in one of each machine, which leaves files."""
+        return work()
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raise UserError unless all processes have this run config and what is beside it."""
+
     def rows(self, batch_size: int) -> tuple[int, int]:
         """Return the first row of a batch that is this process's, and how many are."""
         count = batch_size // self.world_size
@@ -71,6 +90,10 @@ class Parallel:
     def state_dict(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return the whole state of both, for a checkpoint; all processes must ask."""
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a copy of the whole model's state, for a checkpoint; all processes must ask."""
+        return {name: value.clone() for name, value in model.state_dict().items()}
 
     def load_model(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Give the model its state of a checkpoint."""
@@ -117,8 +140,47 @@ class Replicated(Parallel):
         return total
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process; on GPUs this waits for them."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+        """Return whether the flag is set in any process; no GPU is waited for."""
+        count = torch.tensor(int(flag))
+        dist.all_reduce(count)
+        return bool(count)
+
+    def from_first(self, work: Callable[[], Value]) -> Value:
+        """Do `work` in process 0 alone, and return what it gave there, tensors on the CPU.
+
+        The others need not see its files.
+        """
+        if self.rank == 0:
+            value = work()
+            packed, tensors = _packed(value)
+            dist.broadcast_object_list([packed], src=0)
+        else:
+            told = [b""]
+            dist.broadcast_object_list(told, src=0)
+            value, tensors = _unpacked(told[0])
+        for tensor in tensors:
+            dist.broadcast(tensor.contiguous().view(-1).view(torch.uint8), src=0)
+        return value
+
+    def once_per_machine(self, work: Callable[[], Value]) -> Value:
+        """Do `work` in every process, but first in one of each machine, which leaves files."""
+        leads = os.environ.get("LOCAL_RANK", "0") == "0"
+        found = [work()] if leads else []
+        self.any(False)  # waits for all
+        return found[0] if leads else work()
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raise UserError unless all processes have this run config and what is beside it."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, values)
+        for rank, other in enumerate(found):
+            if differing := identity.differences(found[0], other, "process 0"):
+                clauses = (
+                    f"{clause.removesuffix('here')}in process {rank}" for clause in differing
+                )
+                raise UserError(
+                    f"All processes of a run must have one config, but {', '.join(clauses)}."
+                )
 
 
 class Sharded(Replicated):
@@ -132,9 +194,10 @@ class Sharded(Replicated):
 
     def shard(self, model: Any) -> None:
         """Shard every layer, and the rest of the model, over the processes."""
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
         for layer in model.layers:
-            fully_shard(layer)
-        self._model = fully_shard(model)
+            fully_shard(layer, mesh=mesh)
+        self._model = fully_shard(model, mesh=mesh)
         for method in ("objective", "loss"):
             register_fsdp_forward_method(model, method)
 
@@ -153,6 +216,10 @@ class Sharded(Replicated):
         """Return the whole state of both in process 0, and nothing in the others."""
         weights, state = checkpoints.get_state_dict(model, optimizer, options=WHOLE)
         return {"model": weights, "optimizer": state}
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the whole model's state on the CPU in process 0, and nothing in the others."""
+        return dict(checkpoints.get_model_state_dict(model, options=WHOLE))  # type: ignore[arg-type]
 
     def load_model(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Give every process its part of the weights."""
@@ -174,27 +241,87 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def join(kind: str, device: torch.device) -> tuple[Parallel, torch.device]:
-    """Join the processes that were started together, if so; return them and this one's device.
+def _packed(value: Any) -> tuple[bytes, list[Tensor]]:
+    """Return a value as bytes without the numbers of its tensors, and those tensors."""
+    tensors: list[Tensor] = []
 
-    `kind` is "ddp" or "fsdp". Raises UserError where there are more processes than GPUs.
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: Any) -> Any:
+            if type(part) is not Tensor or part.numel() == 0:
+                return None
+            tensors.append(part)
+            return part.shape, part.dtype
+
+    packed = io.BytesIO()
+    Pickler(packed).dump(value)
+    return packed.getvalue(), tensors
+
+
+def _unpacked(packed: bytes) -> tuple[Any, list[Tensor]]:
+    """Return the value that another process packed, and its tensors, whose numbers are to come."""
+    tensors: list[Tensor] = []
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, described: Any) -> Tensor:
+            shape, dtype = described
+            tensors.append(torch.empty(shape, dtype=dtype))
+            return tensors[-1]
+
+    return Unpickler(io.BytesIO(packed)).load(), tensors
+
+
+def join(store: Store | None, kind: str, device: torch.device) -> tuple[Parallel, torch.device]:
+    """Join the processes that share a store, if any; return them and this one's device.
+
+    `kind` is "ddp" or "fsdp", and `device` one that any of the processes could have. Raises
+    UserError where two processes would have the same GPU.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if store is None:
         return Parallel(), device
     if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"There are more processes on this machine than its {torch.cuda.device_count()} "
-                "GPUs; start one process per GPU."
-            )
-        device = torch.device("cuda", local)
+        device = own_gpu()
         torch.cuda.set_device(device)
     if not dist.is_initialized():  # a process may do several runs
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            _check_alone(store, device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=PrefixStore("group", store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=TIMEOUT,
+            device_id=device if on_gpu else None,
+        )
         atexit.register(dist.destroy_process_group)
     return (Sharded(device) if kind == "fsdp" else Replicated(device)), device
+
+
+def own_gpu() -> torch.device:
+    """Return the GPU of this process: the only one it was given, or that of its local rank.
+
+    Raises UserError where there is none.
+    """
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if count == 1 and given != [""]:  # a scheduler shows each of its tasks its own
+        return torch.device("cuda", 0)
+    if local >= count:
+        raise UserError(
+            f"There are more processes on this machine than its {count} GPUs; start one process "
+            "per GPU."
+        )
+    return torch.device("cuda", local)
+
+
+def _check_alone(store: Store, device: torch.device) -> None:
+    """Raise UserError if another process has the GPU."""
+    name = torch.cuda.get_device_properties(device).uuid
+    if store.add(f"steepest/gpus/{name}", 1) > 1:
+        raise UserError(
+            f"Two processes have the same GPU, {device} here; start one process per GPU, or let "
+            "all see all of a machine's GPUs in CUDA_VISIBLE_DEVICES."
+        )
 
 
 def check_batch(batch_size: int, world_size: int) -> None:

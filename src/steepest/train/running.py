@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from steepest import data
 from steepest.errors import UserError
 from steepest.train import optimizers, sinks
 from steepest.train.config import RunConfig, Runtime, TrainingConfig
 from steepest.train.folder import locate, opened
+from steepest.train.group import meet, one_voice
 from steepest.train.loop import Training
-from steepest.train.parallel import check_batch, join
+from steepest.train.parallel import Parallel, check_batch, join
 from steepest.train.progress import Progress
 from steepest.train.resolving import is_resolved, open_data, resolve
-from steepest.train.stopping import StopRequest
+from steepest.train.stopping import Preempted, StopRequest
+
+TOGETHER = ("parallel", "checkpoint_every", "log_every", "dynamics_every")
+"""What of the runtime says when all processes have to do something together."""
 
 
 def run(
@@ -34,37 +39,73 @@ def run(
     ends with the same bits as one that was not. A run that diverges ends early, with status
     "diverged". `on_progress` is called at most every quarter of a second, and at the end.
 
-    Under torchrun every process calls this; the first one writes. Once `stop` is asked for, the run
-    saves its state after the step at hand.
+    Where several processes were started together, each calls this. The first one reads and writes
+    the folder, which the others need not see; they need the data, under any path. The first process
+    that fails raises its error, and the others end with SystemExit.
 
     Raises UserError for input that cannot work, and if another process works on the run; Preempted
     where it stopped as asked.
     """
-    runtime = runtime or Runtime()
-    if is_resolved(config) and (result := locate(runs_dir, config).read_result()) is not None:
-        return result
-    device = find_device(runtime.device)
-    sinks.check(runtime.sinks)
-    tokens = open_data(config.data)
-    optimizers.check(config.optimizer, config.model)
-    config = resolve(config, tokens, device)
-    parallel, device = join(runtime.parallel, device)
+    runtime, stop = runtime or Runtime(), stop or StopRequest()
+    store = meet()
+    with one_voice(store):
+        if store is None and (found := _complete(config, runs_dir)) is not None:
+            return found
+        parallel, device = join(store, runtime.parallel, find_device(runtime.device))
+        _check_runtime(config, runtime, parallel, device)
+        if (found := parallel.from_first(lambda: _complete(config, runs_dir))) is not None:
+            return found
+        tokens = parallel.once_per_machine(lambda: open_data(config.data))
+        optimizers.check(config.optimizer, config.model)
+        config = resolve(config, tokens, device)
+        parallel.check_same(config.to_dict())
+        _check_data(config, tokens)
+        with opened(runs_dir, config, shared=parallel.rank > 0) as folder:
+            if (found := parallel.from_first(folder.read_result)) is not None:
+                return found
+            with own_torch_state(config.training, device, runtime.threads):
+                training = Training(
+                    config,
+                    tokens,
+                    folder,
+                    device=device,
+                    runtime=runtime,
+                    parallel=parallel,
+                    on_progress=on_progress,
+                )
+                with training.journal, closing(training.watch), training.feed:
+                    return _finished(training, parallel, stop)
+
+
+def _finished(training: Training, parallel: Parallel, stop: StopRequest) -> dict[str, Any]:
+    """Train to the end; where the run is stopped, no process goes before the first has saved."""
+    try:
+        return training.finish(stop)
+    except Preempted:
+        stop.asked = True  # in all, whichever process was asked
+        parallel.any(True)
+        raise
+
+
+def _complete(config: RunConfig, runs_dir: Path) -> dict[str, Any] | None:
+    """Return the result of a run, if it has a hash and a result."""
+    return locate(runs_dir, config).read_result() if is_resolved(config) else None
+
+
+def _check_runtime(
+    config: RunConfig, runtime: Runtime, parallel: Parallel, device: torch.device
+) -> None:
+    """Raise UserError for what cannot work with this number of processes, or here."""
+    if parallel.world_size > 1 and ":" in runtime.device:
+        raise UserError(
+            f"runtime.device is {runtime.device}, but several processes have a GPU each; say cuda."
+        )
+    shared = {name: getattr(runtime, name) for name in TOGETHER} | {"device": device.type}
+    versions = {"torch": torch.__version__}
+    parallel.check_same({**config.to_dict(), "runtime": shared, "versions": versions})
     check_batch(config.data.batch_size, parallel.world_size)
-    with opened(runs_dir, config, shared=parallel.rank > 0) as folder:
-        if (result := folder.read_result()) is not None:
-            return result
-        with own_torch_state(config.training, device, runtime.threads):
-            training = Training(
-                config,
-                tokens,
-                folder,
-                device=device,
-                runtime=runtime,
-                parallel=parallel,
-                on_progress=on_progress,
-            )
-            with training.sinks, training.feed:
-                return training.finish(stop or StopRequest())
+    if parallel.rank == 0:
+        sinks.check(runtime.sinks)
 
 
 def find_device(name: str) -> torch.device:
@@ -80,6 +121,19 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _check_data(config: RunConfig, tokens: data.TokenData) -> None:
+    """Raise UserError unless both splits have rows enough, before the run has a folder."""
+    length, packing = config.data.sequence_length, config.data.as_packing()
+    data.Loader(tokens.train, config.data.batch_size, length, config.training.seed, packing)
+    data.validation_batches(
+        tokens.validation,
+        batch_size=1,
+        sequence_length=length,
+        max_tokens=config.evaluation.tokens,
+        packing=packing,
+    )
 
 
 @contextmanager

@@ -31,7 +31,11 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals as requests while the context lasts; only the main thread can."""
+        """Take signals as requests while the context lasts; only the main thread can.
+
+        Once there was one, or `asked` was set, further ones are ignored for good: the process is
+        about to end, and a scheduler that sends them must see its exit code.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -41,7 +45,7 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
         self.asked = True
@@ -49,16 +53,18 @@ class StopRequest:
 
 @contextmanager
 def forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Pass requests to stop, and Ctrl-C, on to processes while the context lasts.
+    """Pass requests to stop on to processes while the context lasts.
 
-    Yields the requests to stop that there were. A process that joins `children` later does not get
-    those before it.
+    Ctrl-C becomes SIGTERM, so that they save, and a second one SIGKILL. Yields the signals that
+    there were. A process that joins `children` later does not get those before it.
     """
     asked: list[int] = []
 
     def forward(number: int, frame: types.FrameType | None) -> None:
-        if number != signal.SIGINT:
-            asked.append(number)
+        if number == signal.SIGINT:
+            number = signal.SIGKILL if signal.SIGINT in asked else signal.SIGTERM
+            asked.append(signal.SIGINT)
+        asked.append(number)
         for child in children:
             child.send_signal(number)
 

@@ -17,13 +17,13 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from steepest.train import RunConfig, Runtime, checkpoints, records, run
 
-RUNTIME = Runtime(threads=1, checkpoint_every=7, log_every=1)
+RUNTIME = Runtime(threads=1, checkpoint_every=7, log_every=1, dynamics_every=10)
 
 
 def die() -> None:
@@ -34,7 +34,7 @@ def set_trap(instant: str, step: int) -> None:
     write, save, prune = records.MetricsWriter.write, torch.save, checkpoints._newest_first
 
     def trapped_write(self: records.MetricsWriter, record: dict[str, Any]) -> None:
-        at_step = record["kind"] == "train" and record["step"] == step
+        at_step = record.get("kind") == "train" and record["step"] == step
         if instant == "torn" and at_step:
             self._file.write('{"kind": "train", "st')
             self._file.flush()
@@ -45,10 +45,10 @@ def set_trap(instant: str, step: int) -> None:
         if instant == "wait" and at_step:
             time.sleep(60)
 
-    def trapped_save(state: dict[str, Any], path: Path) -> None:
-        save(state, path)
+    def trapped_save(state: dict[str, Any], file: IO[bytes]) -> None:
+        save(state, file)
         if instant == "saving" and state["step"] == step:
-            os.truncate(path, path.stat().st_size // 2)
+            file.truncate(file.tell() // 2)
             die()
 
     def trapped_prune(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from steepest.errors import UserError
-from steepest.train import BatchConfig, RunConfig, Runtime
+from steepest.train import BatchConfig, RunConfig, Runtime, parsing
 from steepest.train.config import DataConfig, OptimizerConfig, TrainingConfig
 from steepest.train.identity import config_hash, differences
 
@@ -204,6 +204,22 @@ def test_runtime_is_no_part_of_a_config() -> None:
         ("[data]\nsequence_length = 4096", "longer than model.max_sequence_length"),
         ("[model]\nheads = 3", "hidden_size must be an even multiple of heads"),
         ("[training\n", "is not valid TOML"),
+        ("[optimizer]\nlr = 1" + "0" * 400, "lr must be a number below 1.8e308."),
+        ("[training]\nsteps = 1" + "0" * 20, "training.steps must be below 2^63, not 1000"),
+        ("[averaging]\nwindows = [1" + "0" * 20 + "]", "averaging.windows must be below 2^63"),
+        ("[optimizer.options]\nrank = 1" + "0" * 20, "optimizer.options.rank must be below 2^63"),
+        (
+            "[model]\narchitecture = 'moe'\nbalance_loss = nan",
+            "model.balance_loss must be a finite number, not nan.",
+        ),
+        ("[model]\narchitecture = ['llama']", "section [model]: Unknown architecture"),
+        ("[model]\nlayers = 10001", "model.layers must be at most 10,000, not 10001."),
+        ("[runtime]\nthreads = 1", "[runtime] is no part of what a run is; give it by flags"),
+        ("[data]\ncorpus = 'a\\u0000'".replace("'", '"'), "data.corpus must be Unicode text"),
+        (
+            "[evaluation]\nat = [5, 601]",
+            "evaluation.at has step 601, beyond training.steps, which",
+        ),
     ],
 )
 def test_wrong_input_gets_a_sentence_with_its_place(
@@ -215,6 +231,27 @@ def test_wrong_input_gets_a_sentence_with_its_place(
         RunConfig.from_toml(path)
     assert sentence in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_text_that_toml_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.corpus must be Unicode text without NUL"):
+        RunConfig(data=DataConfig(corpus="a\udcff.txt"))
+    assert RunConfig(data=DataConfig(corpus="sp\u00e4ter/\u65e5\u672c.txt")).to_toml()
+
+
+@pytest.mark.parametrize(("every", "permanent"), [(100, 250), (0, 100), (7, 5)])
+def test_permanent_checkpoints_are_some_of_those_that_there_are(every: int, permanent: int) -> None:
+    with pytest.raises(UserError, match=f"permanent_every is {permanent}; it must be a multiple"):
+        Runtime(checkpoint_every=every, permanent_every=permanent)
+    assert Runtime(checkpoint_every=7, permanent_every=21).permanent_every == 21
+
+
+def test_fields_of_a_file_are_had_before_they_are_held_against_each_other() -> None:
+    values = {"training": {"steps": 3}, "optimizer": {"name": "muon"}}
+    with pytest.raises(UserError, match=r"warmup_steps is 20; it must be less than"):
+        RunConfig.from_dict(values)
+    found = parsing.arguments_of(RunConfig, values, "here")
+    assert found == {"training": TrainingConfig(steps=3), "optimizer": OptimizerConfig("muon")}
 
 
 def test_missing_file(tmp_path: Path) -> None:

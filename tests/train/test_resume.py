@@ -29,7 +29,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(scope="module")
 def config(make_config: MakeConfig, momentum_file: Path) -> RunConfig:
-    """A run with all kinds of state: float64 tensors, torch's generator, accumulation."""
+    """A run with all kinds of state: float64 tensors, torch's generator, accumulation, averages."""
     return make_config(
         name=f"{momentum_file}:Momentum",
         lr=0.1,
@@ -37,6 +37,9 @@ def config(make_config: MakeConfig, momentum_file: Path) -> RunConfig:
         steps=STEPS,
         gradient_accumulation=2,
         every=20,
+        ema=(0.9,),
+        windows=(6,),
+        **{"averaging.every": 4},
     )
 
 
@@ -96,7 +99,8 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert_same_bits(
         *[{k: v for k, v in r.items() if k not in times and not k.endswith("_ms")} for r in results]
     )
-    assert_same_bits(*[read_metrics(folder / "metrics.jsonl") for folder in (left, right)])
+    for name in ("metrics.jsonl", "dynamics.jsonl"):
+        assert_same_bits(*[read_metrics(folder / name) for folder in (left, right)])
     checkpoints = [sorted((folder / "checkpoints").iterdir()) for folder in (left, right)]
     assert [path.name for path in checkpoints[0]] == [f"step-{STEPS:09d}.pt"]
     assert [path.name for path in checkpoints[1]] == [f"step-{STEPS:09d}.pt"]
@@ -112,6 +116,7 @@ def assert_same_run(left: Path, right: Path) -> None:
         ("torn", 40, 35),
         ("saving", 14, 7),
         ("saved", 42, 42),
+        ("saved", STEPS, STEPS),
         ("result", 0, STEPS),
     ],
 )
@@ -189,6 +194,19 @@ def test_an_interrupted_run_lets_go_of_its_lock(
     assert_same_run(stopped, whole)
 
 
+def test_times_go_on_where_they_were(config: RunConfig, stopped: Path) -> None:
+    run(config, stopped.parent, runtime=RUNTIME)
+    records = read_metrics(stopped / "metrics.jsonl")
+    for times in (
+        [record["seconds"] for record in records],
+        [record["part_seconds"]["evaluation"] for record in records],
+    ):
+        assert times == sorted(times)
+    (last,) = (stopped / "checkpoints").iterdir()
+    steps = torch.load(last, weights_only=True)["clock"]["steps"]
+    assert len(steps) == STEPS - 2  # the first of each process is no part of medians
+
+
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_damaged_checkpoint_is_passed_over_and_told(
@@ -197,7 +215,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
     for path in sorted((stopped / "checkpoints").iterdir())[-count:]:
         content = bytearray(path.read_bytes())
         if damage == "one bit":
-            content[len(content) // 2] ^= 1
+            weights = torch.load(path, weights_only=True)["learner"]["model"]
+            table = next(iter(weights.values())).numpy().tobytes()
+            content[content.index(table) + 99] ^= 1
         path.write_bytes(content[: {"truncated": len(content) // 2, "empty": 0}.get(damage)])
     result = run(config, stopped.parent, runtime=RUNTIME)
     assert_same_run(stopped, whole)

@@ -23,7 +23,7 @@ import numpy as np
 from steepest import files
 from steepest.data import shards
 from steepest.data.encoding import HASHES, Chosen, EncodeAll, content_hash, encoders
-from steepest.data.shards import INDEX, Index, Recipe, Shard, SplitEntry, disk_errors, is_prepared
+from steepest.data.shards import INDEX, Index, Recipe, Shard, SplitEntry, is_prepared
 from steepest.data.token_stream import Piece, TokenStream
 from steepest.data.workplace import begin, claimed, discard, keep_tokenizer
 from steepest.errors import UserError
@@ -201,7 +201,7 @@ def _write_shard(
     ends, hashes = [], []
     path = folder / f"{name}.tokens"
     digest = hashlib.sha256()
-    with disk_errors(folder), files.replacing(path) as temporary, temporary.open("wb") as out:
+    with files.disk_errors(folder), files.replacing(path) as temporary, temporary.open("wb") as out:
         while piece is not None:
             out.write(piece.tokens.data)
             digest.update(piece.tokens.data)
@@ -212,7 +212,7 @@ def _write_shard(
             room = shard_tokens - tokens
             piece = stream.take(room) if room else None
     sha256 = {"tokens": digest.hexdigest()}
-    with disk_errors(folder):
+    with files.disk_errors(folder):
         for kind, arrays in (("ends", ends), ("hashes", hashes)):
             data = np.concatenate(arrays).astype(shards.DTYPES[kind]).tobytes()
             files.write_bytes(folder / f"{name}.{kind}", data)

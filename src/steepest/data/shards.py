@@ -18,8 +18,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -38,8 +36,6 @@ DTYPES = {"tokens": "", "ends": "<i8", "hashes": "<u8"}
 """The three files of a shard; the type of tokens depends on the vocabulary."""
 AGAIN = "prepare the corpus again, into another folder."
 """What to do when it failed later."""
-CONTINUES = "; what is complete was kept, and the same command continues from there."
-"""What to do when the disk fails on the way."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ class Index:
     def write(self, folder: Path) -> None:
         """Write index.json atomically."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
-        with disk_errors(folder):
+        with files.disk_errors(folder):
             files.write_text(folder / INDEX, json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -251,28 +247,3 @@ def count_common(folder: Path, index: Index) -> int:
     held_out = np.unique(np.concatenate(map_files(folder, index, "validation", "hashes")))
     training = map_files(folder, index, "train", "hashes")
     return sum(int(np.isin(hashes, held_out).sum()) for hashes in training)
-
-
-@contextmanager
-def disk_errors(folder: Path, then: str = CONTINUES) -> Iterator[None]:
-    """Turn the errors of a disk that is full or may not be written to into a sentence and `then`.
-
-    What is no error of a file is raised as it is.
-    """
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EFBIG: "the file would be larger than allowed here",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "writing there is not permitted",
-            errno.EPERM: "writing there is not permitted",
-            errno.ENOTDIR: "it is not a folder",
-            errno.EEXIST: "it is not a folder",
-        }
-        if error.errno not in reasons and error.filename is None:
-            raise
-        reason = reasons.get(error.errno or 0, error.strerror)
-        raise UserError(f"{folder} cannot be written to: {reason}{then}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steepest import files
-from steepest.data.shards import DTYPES, SPLITS, Index, Recipe, disk_errors, is_prepared, map_files
+from steepest.data.shards import DTYPES, SPLITS, Index, Recipe, is_prepared, map_files
 from steepest.data.vocabulary import ABOUT
 from steepest.errors import UserError
 
@@ -33,7 +33,7 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises UserError if another process works in it or it can't be written to. If it was made here
     and nothing is in it in the end, it is removed again.
     """
-    with disk_errors(folder, "; choose another folder."):
+    with files.disk_errors(folder, "; choose another folder."):
         existed = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+", encoding="utf-8")
@@ -47,7 +47,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 f"{folder}; wait until it ends, or choose another folder."
             ) from None
         try:
-            with disk_errors(folder):
+            with files.disk_errors(folder):
                 lock.truncate(0)
                 lock.write(f"{os.getpid()} on {platform.node()}\n")
                 lock.flush()
@@ -87,7 +87,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     """Save the tokenizer with the shards, whole or not at all, and return where."""
     place = folder / "tokenizer"
     if not place.exists():
-        with disk_errors(folder), files.new_folder(place) as temporary:
+        with files.disk_errors(folder), files.new_folder(place) as temporary:
             tokenizer.save(temporary)
     return place
 

@@ -9,6 +9,7 @@ from steepest.train.config import (
     RunConfig,
     Runtime,
     TrainingConfig,
+    default_lr,
 )
 from steepest.train.optimizers import build, check
 from steepest.train.parallel import check_batch
@@ -36,6 +37,7 @@ __all__ = [
     "build",
     "check",
     "check_batch",
+    "default_lr",
     "is_resolved",
     "multiplier",
     "published",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import steepest
 from steepest import models
 from steepest.data import Packing
 from steepest.errors import UserError
@@ -24,10 +25,29 @@ from steepest.train.sinks import SinkName
 
 Option = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 
+NOT_GIVEN = math.nan
+OWN_CLASS_LR = 1e-3
+"""Learning rate of a class of one's own for which none is given: that of torch.optim's AdamW."""
+
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise UserError(sentence)
+
+
+def _require_usable(key: str, value: Any) -> None:
+    """Raise UserError for numbers that no tensor holds and text that no file can be called."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, float):
+            _require(math.isfinite(item), f"{key} must be a finite number, not {item}.")
+        elif isinstance(item, int):
+            _require(abs(item) < 2**63, f"{key} must be below 2^63, not {item}.")
+        elif isinstance(item, str):
+            unicode = item.encode(errors="ignore").decode()  # without halves of surrogate pairs
+            _require(
+                unicode == item and "\0" not in item,
+                f"{key} must be Unicode text without NUL, not {item!r}.",
+            )
 
 
 def _at_least(section: str, name: str, value: int, least: int) -> None:
@@ -74,8 +94,9 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """Name in the catalogue, or "path/to/file.py:Class", or "package.module:Class"."""
-    lr: float = 1e-3
-    """Peak learning rate."""
+    lr: float = NOT_GIVEN
+    """Peak learning rate; if not given, the optimizer's default in the catalogue, 1e-3 of a class
+    of one's own."""
     options: dict[str, Option] = field(default_factory=dict)
     """The optimizer's other hyperparameters, by the names its constructor has for them."""
     wrap: tuple[str, ...] = ()
@@ -85,6 +106,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "optimizer.name must name an optimizer, and is empty.")
+        if self.lr is NOT_GIVEN:  # another NaN is an error
+            object.__setattr__(self, "lr", default_lr(self.name))
         _require(
             math.isfinite(self.lr) and self.lr > 0,
             f"optimizer.lr must be a positive number, not {self.lr}.",
@@ -99,6 +122,17 @@ class OptimizerConfig:
                     not isinstance(number, float) or math.isfinite(number),
                     f"optimizer.options.{name} must be finite, not {number}.",
                 )
+
+
+def default_lr(name: str) -> float:
+    """Return the learning rate of an optimizer for which none is given.
+
+    Raises UserError for a name that is not in the catalogue and is no class of one's own.
+    """
+    if identity.is_class(name):
+        return OWN_CLASS_LR
+    lr: float = steepest.describe(name).hyperparameters["lr"][0]
+    return lr
 
 
 @dataclass(frozen=True)
@@ -189,8 +223,13 @@ class Runtime:
     sinks: tuple[SinkName, ...] = ()
     """Where metrics also go as they come: tensorboard, wandb, trackio."""
     processes: int = 1
-    """Processes on this machine, one per GPU or group of cores. Under torchrun, which several nodes
-    need, it has no effect."""
+    """Processes on each machine, one per GPU or group of cores. Under torchrun it has no effect."""
+    nodes: int = 1
+    """Machines that the run is on; the same command is given on each. Slurm's srun says it, too."""
+    node_rank: int = 0
+    """Number of this machine, from 0."""
+    rendezvous: str = ""
+    """host:port of machine 0, at which the machines meet; the port must be free there."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: a replica of the model each (ddp), or a part of it (fsdp)."""
 
@@ -202,7 +241,22 @@ class Runtime:
         _at_least("runtime", "checkpoint_every", self.checkpoint_every, 0)
         _at_least("runtime", "keep_checkpoints", self.keep_checkpoints, 1)
         _at_least("runtime", "permanent_every", self.permanent_every, 0)
+        _require(
+            self.permanent_every % (self.checkpoint_every or math.inf) == 0,
+            f"runtime.permanent_every is {self.permanent_every}; it must be a multiple of "
+            f"runtime.checkpoint_every, which is {self.checkpoint_every}: it says which of those "
+            "checkpoints stay.",
+        )
         _at_least("runtime", "processes", self.processes, 1)
+        _at_least("runtime", "nodes", self.nodes, 1)
+        _require(
+            0 <= self.node_rank < self.nodes,
+            f"runtime.node_rank must be from 0 to {self.nodes - 1}, not {self.node_rank}.",
+        )
+        _require(
+            self.nodes == 1 or ":" in self.rendezvous,
+            "runtime.nodes needs runtime.rendezvous, host:port of machine 0.",
+        )
         _at_least("runtime", "log_every", self.log_every, 1)
         _at_least("runtime", "dynamics_every", self.dynamics_every, 0)
 
@@ -230,6 +284,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         model, data, training = self.model, self.data, self.training
+        for key, value in identity.flat(self.to_dict()).items():
+            _require_usable(key, value)
+        _require(
+            model.layers <= 10_000, f"model.layers must be at most 10,000, not {model.layers}."
+        )
         _require(
             model.vocab_size >= data.vocab_size,
             f"model.vocab_size is {model.vocab_size}, smaller than data.vocab_size, which is "
@@ -247,6 +306,15 @@ class RunConfig:
         )
         self.schedule.check(training.steps)
         self.batch.check(data.batch_size, training.gradient_accumulation, training.steps)
+        if self.batch.schedule == "ramp":  # takes more steps than training.steps
+            return
+        self.averaging.check(training.steps)
+        late = [step for step in self.evaluation.at if step > training.steps]
+        _require(
+            not late,
+            f"evaluation.at has step {max(late, default=0)}, beyond training.steps, which is "
+            f"{training.steps}.",
+        )
 
     @property
     def tokens_per_step(self) -> int:

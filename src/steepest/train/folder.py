@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from steepest import files
 from steepest.errors import UserError
@@ -56,14 +56,19 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def read_result(self) -> dict[str, Any] | None:
-        """Return the content of result.json, or None if the run is not complete."""
-        if not self.result.exists():
-            return None
-        result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
-        return result
+        """Return the content of result.json, or None if the run is not complete.
+
+        Raises UserError if the file cannot be read.
+        """
+        return records.read_json(self.result)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Complete the run."""
+        """Complete the run. Raises UserError if the folder is gone or cannot be written to."""
+        if not self.path.is_dir():
+            raise UserError(
+                f"{self.path} is gone; the folder of a run cannot be moved while the run works "
+                "in it."
+            )
         records.write_json(self.result, result)
 
 
@@ -74,7 +79,7 @@ def locate(runs_dir: Path, config: RunConfig) -> RunFolder:
     """
     identity = config.hash()
     folder = RunFolder(runs_dir / identity)
-    if folder.config.exists():
+    if os.path.lexists(folder.config):
         found = RunConfig.from_toml(folder.config)
         differing = differences(found.to_dict(), config.to_dict(), "the file")
         if differing:
@@ -99,7 +104,8 @@ def check_resumes(folder: RunFolder, config: RunConfig) -> None:
         )
     if folder.path.resolve().name != config.hash():
         raise UserError(
-            f"{folder.path} holds run {config.hash()}, whose folder must have that name; rename it."
+            f"{folder.path} holds run {config.hash()}, whose folder must have that name: it was "
+            "renamed, or another version of steepest began it; rename it back, or use that version."
         )
 
 
@@ -115,22 +121,39 @@ def opened(runs_dir: Path, config: RunConfig, *, shared: bool = False) -> Iterat
     if shared:
         yield folder
         return
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    with (folder.path / "lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(
-                f"Another process ({lock.read().strip() or 'just started'}) works on the run in "
-                f"{folder.path}; wait until it ends, or use another runs directory."
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {platform.node()}\n")
-        lock.flush()
-        for leftover in (*folder.path.glob(".*"), *folder.checkpoints.glob(".*")):
-            if leftover.is_file():
-                leftover.unlink()  # of a write that was killed
-        if not folder.config.exists():
-            files.write_text(folder.config, config.to_toml())
+    with files.disk_errors(folder.path, "; choose another runs directory."):
+        files.make_folder(folder.checkpoints)
+        lock = (folder.path / "lock").open("a+", encoding="utf-8")
+    with lock:
+        _lock(lock, folder.path)
+        with files.disk_errors(folder.path):
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {platform.node()}\n")
+            lock.flush()
+            files.remove_leftovers(folder.path)
+            files.remove_leftovers(folder.checkpoints)
+            if not folder.config.exists():
+                files.write_text(folder.config, config.to_toml())
         yield folder
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    """Lock a file until it is closed; the system does so when the process dies.
+
+    Raises UserError if another process has locked it. Some network file systems have no locks, of
+    which the user is warned.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"Another process ({file.read().strip() or 'just started'}) works on the run in "
+            f"{folder}; wait until it ends, or use another runs directory."
+        ) from None
+    except OSError as error:
+        warnings.warn(
+            f"{folder} cannot be locked ({error.strerror}), so see to it that no other process "
+            "works on this run.",
+            stacklevel=2,
+        )

@@ -32,7 +32,7 @@ def differences(there: dict[str, Any], here: dict[str, Any], place: str) -> list
     Both are nested dictionaries; what doesn't enter the hash doesn't count. `place` says where
     `there` was found: "optimizer.lr is 0.001 in results/runs/ab and 0.002 here".
     """
-    old, new = _flat(_content(there)), _flat(_content(here))
+    old, new = flat(_content(there)), flat(_content(here))
     return [
         f"{key} is {_shown(old.get(key))} in {place} and {_shown(new.get(key))} here"
         for key in sorted(old.keys() | new.keys())
@@ -61,15 +61,15 @@ def _content(values: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dictionaries as one, with dotted keys."""
-    flat: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            leaves[prefix + key] = value
+    return leaves
 
 
 def _same(old: Any, new: Any) -> bool:

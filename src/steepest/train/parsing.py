@@ -22,25 +22,45 @@ def read(cls: type[T], values: Mapping[str, Any], source: str, section: str = ""
     `source` (a file name, say) and `section` (dotted) place the key in error messages.
     Raises UserError for an unknown key, a value of the wrong type, or one out of range.
     """
-    place = f"{source}, section [{section}]" if section else source
+    arguments = arguments_of(cls, values, source, section)
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{_place(source, section)}: {error}") from error
+
+
+def arguments_of(
+    cls: type[Any], values: Mapping[str, Any], source: str, section: str = ""
+) -> dict[str, Any]:
+    """Return the fields that `values` gives the dataclass `cls`, each in its type.
+
+    Raises UserError as `read` does; how fields go together is not looked at.
+    """
+    place = _place(source, section)
     if not isinstance(values, Mapping):
         raise UserError(f"{place}: must be a table of keys, not {values!r}.")
     hints = get_type_hints(cls)
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
+            if not section and key == "runtime":
+                raise UserError(
+                    f"{source}: [runtime] is no part of what a run is; give it by flags, as in "
+                    "--runtime.threads 1."
+                )
             raise UserError(f"{place}: {unknown('key', key, hints)}")
         name = f"{section}.{key}" if section else key
         if (kind := _table(hints[key], value, f"{source}, section [{name}]")) is not None:
             arguments[key] = read(kind, value, source, name)
         else:
             arguments[key] = _value(hints[key], value, f"{place}: {key}")
-    try:
-        return cls(**arguments)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{place}: {error}") from error
+    return arguments
+
+
+def _place(source: str, section: str) -> str:
+    return f"{source}, section [{section}]" if section else source
 
 
 def _table(hint: Any, value: Any, where: str) -> Any:
@@ -53,9 +73,10 @@ def _table(hint: Any, value: Any, where: str) -> Any:
     if len(kinds) < 2 or not isinstance(value, Mapping) or "architecture" not in value:
         return kinds[0] if kinds else None
     named = {get_args(get_type_hints(kind)["architecture"])[0]: kind for kind in kinds}
-    if value["architecture"] not in named:
-        raise UserError(f"{where}: {unknown('architecture', str(value['architecture']), named)}")
-    return named[value["architecture"]]
+    name = value["architecture"]
+    if not isinstance(name, str) or name not in named:
+        raise UserError(f"{where}: {unknown('architecture', str(name), named)}")
+    return named[name]
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -77,7 +98,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} must be a number below 1.8e308.") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where} must be {_TYPE_NAMES[hint]}, not {value!r}.")
     return value

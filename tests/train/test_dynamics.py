@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import steepest
 from steepest.train.dynamics import effective_rank, measure, momentum_of, singular_values
 
 
@@ -85,3 +87,34 @@ def test_the_momentum_of_a_state() -> None:
     assert momentum_of({"exp_avg": p, "projection": p}, p.shape) is None
     assert momentum_of({"momentum_buffer": None}, p.shape) is None
     assert momentum_of({}, p.shape) is None
+
+
+def test_the_momentum_of_the_catalogue_is_along_the_gradients_that_it_has_seen() -> None:
+    """All gradients are one, so the momentum is along it, wherever the rule keeps one to compare.
+
+    Ranks are as large as the matrix, so that shapes alone don't tell a projected momentum.
+    """
+    normalised = {"laprop", "adopt", "came"}  # average gradients over their size
+    compared = set()
+    for name in steepest.names():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Linear(256, 8, bias=False))
+        optimizer = steepest.create(name, model, roles={"0.weight": "hidden", "1.weight": "head"})
+        p = model[0].weight
+        gradients = {q: torch.randn(q.shape) for q in model.parameters()}
+        for _ in range(2):
+            for q, gradient in gradients.items():
+                q.grad = gradient.clone()
+            if optimizer.wants():
+                optimizer.observe(batch_tokens=1)
+                for q, gradient in gradients.items():
+                    q.grad = gradient.clone()
+            optimizer.step()
+        momentum = momentum_of(optimizer.state[p], p.shape)
+        if momentum is not None:
+            compared.add(name)
+            found = measure(p, p, gradients[p], momentum, matrices=False)
+            least = 0.7 if name in normalised else 0.9999
+            assert (found.gradient_momentum_alignment or 0) > least, name
+    assert {"adamw", "muon", "soap", "lion", *normalised} <= compared
+    assert compared.isdisjoint({"apollo", "galore_adamw", "adam8bit", "signsgd", "scale"})

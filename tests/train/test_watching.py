@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ import torch
 from steepest import models
 from steepest.data import Batch
 from steepest.errors import UserError
-from steepest.train import Progress, Runtime, read_metrics, run
+from steepest.train import Progress, Runtime, memory, optimizers, read_metrics, run
 from steepest.train.learner import Learner
 from steepest.train.loop import Training
 from steepest.train.peaks import peak_of, peaks, utilisation
@@ -106,6 +111,7 @@ def test_records_have_times_and_memory(make_config: MakeConfig, tmp_path: Path) 
         assert seconds == sorted(seconds)
         assert 0 < seconds[-1] <= result["part_seconds"][name] + 1e-6
     parts = result["part_seconds"]
+    assert parts["checkpoint"] == 0  # there is none
     steps = parts["data"] + parts["model"] + parts["optimizer"]
     assert 0.5 * result["seconds"] < steps <= result["seconds"]
 
@@ -119,6 +125,70 @@ def test_records_have_times_and_memory(make_config: MakeConfig, tmp_path: Path) 
     assert all(r["update_ratio"].keys() == r["lr"].keys() for r in train)
     assert seen[-1].seconds_left == 0
     assert result["flops_per_token"] == models.training_flops_per_token(config.model, 16)
+
+
+def test_records_have_what_numpy_counts(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms are of gradients before and after clipping; lr is what the optimizer steps with."""
+    config = make_config(name="muon", options={"adam_lr": 3e-3}, steps=6, clip_norm=0.2, every=3)
+    clip = torch.nn.utils.clip_grads_with_norm_
+    build = optimizers.build
+    seen: dict[str, list[Any]] = {"before": [], "after": [], "lr": []}
+
+    def norm(gradients: Iterable[torch.Tensor]) -> float:
+        squares = [float((g.double().numpy() ** 2).sum()) for g in gradients]
+        return math.sqrt(sum(squares))
+
+    def clipping(parameters: list[torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        seen["before"].append(norm(p.grad for p in parameters if p.grad is not None))
+        clip(parameters, *args, **kwargs)
+
+    def built(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = build(*args, **kwargs)
+
+        def stepping(*_: object) -> None:
+            given = [p for group in optimizer.param_groups for p in group["params"]]
+            seen["after"].append(norm(p.grad for p in given))
+            seen["lr"].append({float(group["lr"]) for group in optimizer.param_groups})
+
+        optimizer.register_step_pre_hook(stepping)
+        return optimizer
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", clipping)
+    monkeypatch.setattr(optimizers, "build", built)
+    result = run(config, tmp_path, runtime=WATCHED)
+    records = read_metrics(tmp_path / result["hash"] / "metrics.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    assert [r["grad_norm"] for r in train] == pytest.approx(seen["before"], rel=1e-5)
+    assert [r["clipped_grad_norm"] for r in train] == pytest.approx(seen["after"], rel=1e-5)
+    assert any(r["grad_norm"] > 2 * r["clipped_grad_norm"] for r in train)
+    for record, lrs in zip(train, seen["lr"], strict=True):
+        assert set(record["lr"].values()) == lrs
+    assert train[-2]["lr"]["hidden"] / train[-2]["lr"]["head"] == pytest.approx(1e-2 / 3e-3)
+    assert [r["tokens"] for r in train] == [4 * 16 * step for step in range(1, 7)]
+    for record in records:
+        assert {"kind", "step", "tokens", "seconds"} <= record.keys()
+        finite_everywhere(record)
+
+
+def finite_everywhere(value: Any) -> None:
+    for part in value.values():
+        if isinstance(part, dict):
+            finite_everywhere(part)
+        else:
+            assert isinstance(part, str) or math.isfinite(part)
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_process_is_its_own() -> None:
+    """Linux lets a process begin with the ru_maxrss of the one that started it."""
+    held = bytearray(b"x") * (300 << 20)
+    program = "from steepest.train.memory import _peak_resident; print(_peak_resident())"
+    child = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert int(child.stdout) < memory._peak_resident() - len(held) // 2
 
 
 def test_dynamics_of_lost_steps_are_written_once(
@@ -220,5 +290,7 @@ def test_the_time_left_counts_steps_and_evaluations() -> None:
         clock.add((step, step + 0.5, step + 1.0, step + 1.5, step + 2.0))  # 2 seconds each
     clock.evaluation_seconds = 15.0  # of 5 evaluations: at 0, 10, 20, 30 and 40
     assert seconds_left(clock, 40, 100, 10) == 60 * 2 + 6 * 3
-    assert clock.totals() == {"data": 20, "model": 20, "optimizer": 20, "evaluation": 15}
+    assert seconds_left(clock, 45, 105, 10) == 60 * 2 + 7 * 3  # at 50, 60, ..., 100 and 105
+    steps = {"data": 20, "model": 20, "optimizer": 20}
+    assert clock.totals() == {**steps, "evaluation": 15, "checkpoint": 0}
     assert clock.seconds == 80

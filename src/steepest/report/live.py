@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Self
 
@@ -13,6 +14,11 @@ from rich.table import Table
 from steepest.report import formatting
 from steepest.study.executor import Task
 from steepest.train import Progress as RunProgress
+
+LINE_SECONDS = 10.0
+"""Least time between two lines on a run, where the output is not a terminal."""
+WIDTH_OF_A_BAR = 110
+"""Columns that a terminal needs to have a bar beside the numbers."""
 
 
 class LiveRace:
@@ -98,47 +104,66 @@ class LiveRace:
 
 
 class LiveRun:
-    """Shows a single run in the terminal."""
+    """Shows a single run in the terminal; elsewhere, a line every now and then.
+
+    A narrow terminal gets the numbers without the bar.
+    """
 
     def __init__(self, console: Console) -> None:
+        self.console = console
+        self.printed = -math.inf
+        columns = ["{task.description}", "{task.fields[place]} {task.fields[detail]}"]
         self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
+            *(
+                [TextColumn(columns[0]), BarColumn(), TextColumn(columns[1])]
+                if console.width >= WIDTH_OF_A_BAR
+                else [TextColumn(" ".join(columns))]  # cut at its end, where columns all shrink
+            ),
             console=console,
             transient=True,
         )
-        self.task = self.bar.add_task("preparing", total=None, detail="")
+        self.task = self.bar.add_task("preparing", total=None, place="", detail="")
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        if self.console.is_terminal:
+            self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.bar.stop()
 
     def __call__(self, progress: RunProgress) -> None:
         """Show how far the run is."""
-        loss = "" if progress.loss is None else f"loss {progress.loss:.3f}, "
-        self.bar.update(
-            self.task,
-            description=progress.phase,
-            total=progress.steps,
-            completed=progress.step,
-            detail=f"{loss}{_speed(progress)} tokens/s{_utilisation(progress)}{_left(progress)}",
-        )
+        place, detail = f"{progress.step}/{progress.steps}", _detail(progress)
+        if self.console.is_terminal:
+            self.bar.update(
+                self.task,
+                description=progress.phase,
+                total=progress.steps,
+                completed=progress.step,
+                place=place,
+                detail=detail,
+            )
+        elif time.monotonic() - self.printed >= LINE_SECONDS:
+            self.printed = time.monotonic()
+            line = f"{progress.phase} {place} {detail}".rstrip()
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _detail(progress: RunProgress) -> str:
+    """Return loss, speed and time left, as far as there are any."""
+    left = progress.seconds_left
+    parts = (
+        None if progress.loss is None else f"loss {progress.loss:.3f}",
+        f"{_speed(progress)} tokens/s" if progress.tokens_per_second else None,
+        None if progress.mfu is None else f"{progress.mfu:.1%} MFU",
+        None
+        if left is None or progress.step >= progress.steps
+        else f"about {formatting.duration(left) if left >= 120 else f'{left:.0f} s'} left",
+    )
+    return ", ".join(part for part in parts if part is not None)
 
 
 def _speed(progress: RunProgress) -> str:
     return f"{progress.tokens_per_second:,.0f}"
-
-
-def _utilisation(progress: RunProgress) -> str:
-    return "" if progress.mfu is None else f", {progress.mfu:.1%} MFU"
-
-
-def _left(progress: RunProgress) -> str:
-    if progress.seconds_left is None or progress.step >= progress.steps:
-        return ""
-    return f", about {formatting.duration(round(progress.seconds_left))} left"

@@ -18,6 +18,8 @@ from torch import Tensor
 
 MOMENTA = ("momentum", "exp_avg", "momentum_buffer")
 """Names of momentum in optimizers' states: steepest's and torch's own."""
+SUBSPACES = ("projection", "norm")
+"""Names in states of momentum in a subspace: GaLore's, and APOLLO's, whose projection is drawn."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,16 @@ def measure(
 def momentum_of(state: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     """Return the momentum in a parameter's optimizer state, None if it has none to compare.
 
-    One kept in a subspace, as GaLore's is, can't be compared to the gradient.
+    One kept in a subspace, as GaLore's and APOLLO's are, can't be compared to the gradient, and
+    neither can the codes of one kept in 8 bits.
     """
-    if "projection" in state:
+    if any(name in state for name in SUBSPACES):
         return None
     found = (state.get(name) for name in MOMENTA)
-    return next((m for m in found if isinstance(m, Tensor) and m.shape == shape), None)
+    return next(
+        (m for m in found if isinstance(m, Tensor) and m.shape == shape and m.is_floating_point()),
+        None,
+    )
 
 
 def singular_values(matrices: Tensor) -> Tensor:

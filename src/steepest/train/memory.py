@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from steepest.train.learner import Learner
 def by_category(learner: Learner, averages: Averages) -> dict[str, int]:
     """Return the bytes that this process holds, between two steps, and its peak so far.
 
-    `peak` is what torch has allocated at most on a GPU since the run's start there, and the largest
+    `peak` is what torch has allocated at most on a GPU since `forget_peak`, and the largest
     resident set of the process on a CPU, interpreter and libraries included. `activations`, on a
     GPU alone, is what the peak has beside weights, gradients, optimizer state and averages.
     """
@@ -34,6 +35,12 @@ def by_category(learner: Learner, averages: Averages) -> dict[str, int]:
     return {"peak": peak, **held, "activations": max(peak - sum(held.values()), 0)}
 
 
+def forget_peak(device: torch.device) -> None:
+    """Have the peak on a GPU count from now on; that of a CPU process can't be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _bytes(value: Any) -> int:
     if isinstance(value, DTensor):
         value = value.to_local()
@@ -47,5 +54,10 @@ def _bytes(value: Any) -> int:
 
 
 def _peak_resident() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage begins with the peak of the process that started this
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else 1024 * largest

@@ -7,17 +7,22 @@ asked for, and none can end a run: what fails is told once and no longer used.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-import warnings
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 from steepest.errors import UserError
+from steepest.train import records
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 PROJECT = "steepest"
 """The project of runs in Weights & Biases (unless WANDB_PROJECT names another) and trackio."""
+UPLOAD_SECONDS = 60
+"""How long the end of a run waits for Weights & Biases, unless WANDB_FINISH_TIMEOUT says."""
 
 
 class Sink(Protocol):
@@ -41,9 +46,11 @@ def check(names: Sequence[SinkName]) -> None:
 
 
 class Sinks:
-    """All sinks of a run in `folder`, resumed after `step`; `config` is shown with it.
+    """All sinks of a run in `folder`; `config` is shown with it.
 
-    The run is called by its hash wherever it goes. `warnings` has a sentence per sink that failed.
+    The run is called by its hash wherever it goes. A resumed run is sent from its start, the
+    records in metrics.jsonl first: what a killed process had sent may have gaps, and steps that are
+    taken again. `warnings` has a sentence per sink that failed.
     """
 
     def __init__(
@@ -53,15 +60,17 @@ class Sinks:
         *,
         run: str,
         config: dict[str, Any],
-        step: int,
     ) -> None:
         self.warnings: list[str] = []
         self.open: dict[str, Sink] = {}
         for name in names:
             try:
-                self.open[name] = _open(name, folder, run, config, step)
+                self.open[name] = _open(name, folder, run, config)
             except Exception as error:  # whatever a service raises where it can't be reached
                 self._give_up(name, error)
+        if self.open:
+            for record in records.read_metrics(folder / "metrics.jsonl"):
+                self.write(record)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Send a record of metrics.jsonl: its numbers, under names such as train/lr/hidden."""
@@ -93,7 +102,7 @@ class Sinks:
         self.open.pop(name, None)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         self.warnings.append(f"{name} failed and gets no more metrics ({reason}).")
-        warnings.warn(self.warnings[-1], stacklevel=3)
+        logging.getLogger("steepest").warning(self.warnings[-1])
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -105,25 +114,21 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield prefix + key, value
 
 
-def _open(name: SinkName, folder: Path, run: str, config: dict[str, Any], step: int) -> Sink:
+def _open(name: SinkName, folder: Path, run: str, config: dict[str, Any]) -> Sink:
     if name == "tensorboard":
-        return _TensorBoard(folder, step)
+        return _TensorBoard(folder)
     if name == "wandb":
         return _WeightsAndBiases(folder, run, config)
     return _Trackio(run, config)
 
 
 class _TensorBoard:
-    """Event files in tensorboard/ of the run's folder."""
+    """Event files in tensorboard/ of the run's folder; a new one hides those before it."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed process wrote of later steps is hidden.
-        purge = step + 1 if step else None
-        self.writer: Any = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=purge, flush_secs=10
-        )
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=0, flush_secs=10)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         for name, number in numbers.items():
@@ -137,41 +142,53 @@ class _WeightsAndBiases:
     """A run of Weights & Biases, whose files are in wandb/ of the run's folder.
 
     The environment variables of wandb apply, as WANDB_MODE=offline. A resumed run goes on with the
-    same id; steps that it has already are left out there.
+    same id; steps that the server has already are left out. Offline, every process leaves a folder,
+    and the newest has the whole run; it is complete a moment after `close`, in any case when the
+    process has ended.
     """
 
     def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
         import wandb
 
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=run,
-            name=run,
-            dir=folder,
-            config=config,
-            resume="allow",
-            settings=wandb.Settings(console="off"),
-        )
+        settings = wandb.Settings(console="off", finish_timeout_raises=True)
+        if "WANDB_FINISH_TIMEOUT" not in os.environ:
+            settings.finish_timeout = UPLOAD_SECONDS
+        with _without_questions():
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                id=run,
+                name=run,
+                dir=folder,
+                config=config,
+                resume="allow",
+                settings=settings,
+            )
+        self.first_step = self.run.starting_step
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        self.run.log(numbers, step=step)
+        if step >= self.first_step:
+            self.run.log(numbers, step=step)
 
     def close(self, failed: bool) -> None:
         self.run.finish(exit_code=int(failed))
 
 
 class _Trackio:
-    """A run of trackio, in its database on this machine (TRACKIO_DIR)."""
+    """A run of trackio, in its database on this machine (TRACKIO_DIR), where it replaces the run
+    that a killed process left.
+    """
 
     def __init__(self, run: str, config: dict[str, Any]) -> None:
         import trackio
 
         self.trackio: Any = trackio
+        for left in _runs_of(trackio):
+            if left.name == run:
+                left.delete()
         self.run = trackio.init(
             project=PROJECT,
             name=run,
             config=config,
-            resume="allow",
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
@@ -182,3 +199,22 @@ class _Trackio:
 
     def close(self, failed: bool) -> None:
         self.trackio.finish()  # the run's own method would be called again at exit
+
+
+def _runs_of(trackio: Any) -> list[Any]:
+    try:
+        return list(trackio.Api().runs(PROJECT))
+    except ValueError:  # no run has been sent yet, so there is no project
+        return []
+
+
+@contextmanager
+def _without_questions() -> Iterator[None]:
+    """Have no terminal to ask at while the context lasts: a run must not stand and wait."""
+    terminal = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = terminal

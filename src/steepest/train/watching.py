@@ -26,7 +26,8 @@ class Watch:
     A step that is logged costs a copy of the weights while it lasts, and reading them four times.
     One with dynamics (every `runtime.dynamics_every`) also copies gradients and momentum, and takes
     what `dynamics.measure` does; all processes of a run must take part. `path` is that of
-    dynamics.jsonl, None where another process writes it; records of steps after `step` are dropped.
+    dynamics.jsonl, None where another process writes it; records of steps after `step` are dropped,
+    and `warnings` has a sentence if it is damaged.
     """
 
     def __init__(self, learner: Learner, runtime: Runtime, path: Path | None, step: int) -> None:
@@ -37,10 +38,11 @@ class Watch:
         self.gradients: dict[Tensor, Tensor] = {}
         self.momenta: dict[Tensor, Tensor] = {}
         self.observing = False
+        self.warnings: list[str] = []
         if self.every:
             learner.optimizer.register_step_pre_hook(self._copy_gradients)
         if path is not None and (self.every or path.exists()):
-            records.truncate_metrics(path, step)
+            self.warnings = records.truncate_metrics(path, step)
             self.writer = records.MetricsWriter(path)
 
     def before(self, step: int, *, logged: bool) -> None:
@@ -91,18 +93,16 @@ class Watch:
 
     def _write_dynamics(self, step: int) -> None:
         for (p, name), before in zip(self.named.items(), self.weights, strict=True):
-            role, gradient = self.learner.roles[p], self.gradients.get(p, p.grad)
-            momentum = self.momenta.get(p)
-            measured = dynamics.measure(
-                whole(before),
-                whole(floats(p)),
-                None if gradient is None else whole(gradient),
-                None if momentum is None else whole(momentum),
-                matrices=p.ndim > 1 and role != "vector",
-            )
-            layer = re.search(r"\.(\d+)\.", name)
-            if self.writer is not None:
-                place = {"step": step, "name": name, "role": role}
-                numbered = {"layer": None if layer is None else int(layer[1])}
-                self.writer.write({**place, **numbered, **measured.as_record()})
+            gradient, momentum = self.gradients.get(p, p.grad), self.momenta.get(p)
+            old, new = whole(before), whole(floats(p))
+            gradient = None if gradient is None else whole(gradient)
+            momentum = None if momentum is None else whole(momentum)
+            if self.writer is None:  # the process that writes needed this one's parts, no more
+                continue
+            role, layer = self.learner.roles[p], re.search(r"\.(\d+)\.", name)
+            matrices = p.ndim > 1 and role != "vector"
+            measured = dynamics.measure(old, new, gradient, momentum, matrices=matrices)
+            place = {"step": step, "name": name, "role": role}
+            numbered = {"layer": None if layer is None else int(layer[1])}
+            self.writer.write({**place, **numbered, **measured.as_record()})
         self.gradients, self.momenta = {}, {}

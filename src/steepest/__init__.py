@@ -6,18 +6,14 @@
 >>> steepest.describe("muon")
 """
 
-from steepest.optim import (
-    NamedRole,
-    Optimizer,
-    Role,
-    Rule,
-    create,
-    describe,
-    int8_weights,
-    names,
-    presets,
-    roles,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steepest.optim import NamedRole, Optimizer, Role, Rule, describe, int8_weights, names
+    from steepest.optim.create import create
+    from steepest.optim.presets import presets
+    from steepest.optim.roles import roles
 
 __version__ = "0.1.0"
 
@@ -33,3 +29,11 @@ __all__ = [
     "presets",
     "roles",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the optimizers with the first use of one; the command line's help needs no torch."""
+    if name not in (*__all__, "optim"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    optim = import_module("steepest.optim")
+    return optim if name == "optim" else getattr(optim, name)

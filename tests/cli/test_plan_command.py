@@ -52,7 +52,7 @@ def test_a_file_and_flags_become_a_plan(capsys: pytest.CaptureFixture[str], tmp_
     text = capsys.readouterr().out
     for part in (
         "llama, 35.4 k parameters",
-        "muon, lr 0.001",
+        "muon, lr 0.02",
         "40 of 4 × 16 tokens, in parts of 2 × 16",
         "2.56 k tokens, 0.0724 per parameter",
         "activations of 2 rows",

@@ -2,36 +2,72 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import tomllib
+from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from steepest.cli.mistakes import first_mistake
 from steepest.errors import UserError, unknown
-from steepest.optim import catalogue
+
+HELP = ("-h", "--help")
+OPTIONS = "--optimizer.options"
+REGISTRY = ConstructorRegistry()
+"""How tyro reads what steepest writes otherwise: hyperparameters."""
 
 
 def parse(kind: type[Any], name: str, arguments: list[str], default: Any = None) -> Any:
-    """Return the arguments of a sub-command; an unknown flag is an error with the nearest one."""
+    """Return the arguments of a sub-command; with --help, print what it takes and exit.
+
+    Raises UserError, a sentence with the nearest flag or what the flag takes, where they are wrong.
+    """
+    if wants_help := not set(HELP).isdisjoint(arguments):
+        arguments = ["--help"]
     flags = [f"--{flag}" for flag in flags_of(kind)]
     for word in arguments:
         flag = word.partition("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in (*flags, "--help"):
-            raise unknown("flag", flag, flags)
+        if flag.startswith("--") and flag not in (*flags, *HELP):
+            raise unknown("flag", flag, flags or ["--help"])
     given = {} if default is None else {"default": default}
-    parsed, rest = tyro.cli(
-        kind,
-        args=arguments,
-        prog=f"steepest {name}",
-        description=kind.__doc__,
-        return_unknown_args=True,
-        config=(tyro.conf.FlagConversionOff,),
-        **given,
-    )
+    try:
+        with redirect_stderr(io.StringIO()):
+            parsed, rest = tyro.cli(
+                kind,
+                args=arguments,
+                prog=f"steepest {name}",
+                description=inspect.getdoc(kind),
+                return_unknown_args=True,
+                config=(tyro.conf.FlagConversionOff,),
+                registry=REGISTRY,
+                **given,
+            )
+    except SystemExit as stop:
+        if wants_help:
+            raise
+        raise _reason(stop, kind, name, arguments) from None
     if rest:
-        raise UserError(f"steepest {name} has no place for {rest[0]!r}; see --help.")
+        raise UserError(f"{name} takes no {rest[0]!r}; steepest {name} --help lists what it takes.")
     return parsed
+
+
+def _reason(stop: SystemExit, kind: type[Any], name: str, arguments: list[str]) -> UserError:
+    """Return why tyro did not take the arguments.
+
+    What a dataclass refused is its own sentence, and is why tyro stopped; for the rest tyro has
+    boxes of text, and the arguments are looked through once more.
+    """
+    error: BaseException | None = stop
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        error = error.__context__
+    mistake = first_mistake(kind, arguments)
+    return UserError(mistake or f"{name} cannot read its arguments; see steepest {name} --help.")
 
 
 def flags_of(kind: type[Any], prefix: str = "") -> list[str]:
@@ -64,27 +100,40 @@ def value_of(flag: str, arguments: list[str]) -> str | None:
     return None
 
 
-def hyperparameters_in(arguments: list[str], flags: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the arguments without `--rank 256` and its like, and those as hyperparameters.
+def value_in_toml(text: str) -> Any:
+    """Return a number, true or false, or a list, with or without its brackets, as TOML has them.
 
-    What is not a flag of the command but a hyperparameter of some optimizer counts as one; its
-    value is read as TOML.
+    Any other text is itself.
     """
-    known = {key for name in catalogue.names() for key in catalogue.recipe(name).hyperparameters()}
-    rest, given = [], {}
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        key = name.replace("-", "_")
-        if not word.startswith("--") or name.replace("_", "-") in flags or key not in known:
-            rest.append(word)
-            continue
-        text = value if equals else next(words, "")
-        if not text or text.startswith("--"):
-            raise UserError(f"{word} needs a value, as in {word} 4 or {word} true.")
+    written = {"True": "true", "False": "false"}.get(text, text)
+    for value in (written, f"[{written}]") if "," in written else (written,):
         try:
-            read = tomllib.loads(f"value = {text}")["value"]
+            return tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            read = text
-        given[key] = tuple(read) if isinstance(read, list) else read
-    return rest, given
+            continue
+    return text
+
+
+@REGISTRY.primitive_rule
+def hyperparameters(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+    """Let tyro read and show a dictionary of hyperparameters as NAME=VALUE."""
+    if get_origin(info.type) is not dict:
+        return None
+
+    def read(words: list[str]) -> dict[str, Any]:
+        for word in words:
+            if "=" not in word:
+                raise UserError(
+                    f"{OPTIONS} takes NAME=VALUE, as in weight_decay=0.1 betas=0.9,0.95, "
+                    f"not {word!r}."
+                )
+        pairs = (word.partition("=") for word in words)
+        return {name: value_in_toml(value) for name, _, value in pairs}
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE ...",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={item}" for name, item in value.items()],
+    )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from tyro.conf import Positional
 
 from steepest import models
-from steepest.cli.arguments import flags_of, hyperparameters_in, parse
+from steepest.cli.arguments import flags_of, parse, value_in_toml
 from steepest.errors import UserError
 from steepest.optim import catalogue
 from steepest.optim.memory import held
@@ -58,7 +58,7 @@ def optimizers(arguments: list[str]) -> None:
 
 def memory(arguments: list[str]) -> None:
     """Print what weights, gradients and optimizer state take."""
-    arguments, given = hyperparameters_in(arguments, flags_of(Memory))
+    arguments, given = _hyperparameters_in(arguments, flags_of(Memory))
     args: Memory = parse(Memory, "memory", arguments)
     names = args.optimizer or tuple(
         name
@@ -82,3 +82,26 @@ def memory(arguments: list[str]) -> None:
     else:
         console.print(about.memory_by_optimizer(rows))
     console.print("\nGB is 1e9 bytes. Activations and buffers of the backward pass are not in it.")
+
+
+def _hyperparameters_in(arguments: list[str], flags: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the arguments without `--rank 256` and its like, and those as hyperparameters.
+
+    What is not a flag of the command but a hyperparameter of some optimizer counts as one; its
+    value is read as TOML.
+    """
+    known = {key for name in catalogue.names() for key in catalogue.recipe(name).hyperparameters()}
+    rest, given = [], {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if not word.startswith("--") or name.replace("_", "-") in flags or key not in known:
+            rest.append(word)
+            continue
+        text = value if equals else next(words, "")
+        if not text or text.startswith("--"):
+            raise UserError(f"{word} needs a value, as in {word} 4 or {word} true.")
+        read = value_in_toml(text)
+        given[key] = tuple(read) if isinstance(read, list) else read
+    return rest, given

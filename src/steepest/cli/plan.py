@@ -59,7 +59,7 @@ def plan_run(arguments: list[str]) -> None:
     console.print()
     console.print(_costs(measured, estimates))
     console.print()
-    notes = [refused] if measured is None else _of_measurement(measured, plan)
+    notes = [refused] if measured is None else _of_measurement(measured, config, plan)
     for sentence in [*notes, *_notes(config, args, estimates)]:
         console.print(sentence, highlight=False)
 
@@ -145,12 +145,11 @@ def _costs(measured: Measurement | None, estimates: list[planning.GPUEstimate]) 
     for e in estimates:
         fits = {None: "?", True: "yes", False: "no"}[e.fits]
         name = e.name.removeprefix("NVIDIA ")
-        memory = f"{e.memory_gb:.0f} GB"
-        table.add_row(name, memory, fits, _duration(e.seconds), _energy(e.joules))
+        table.add_row(name, _size(e.memory_bytes), fits, _duration(e.seconds), _energy(e.joules))
     return table
 
 
-def _of_measurement(measured: Measurement, plan: planning.Plan) -> Iterator[str]:
+def _of_measurement(measured: Measurement, config: RunConfig, plan: planning.Plan) -> Iterator[str]:
     """Yield what was measured here, in sentences."""
     steps = formatting.plural(measured.steps, "step")
     scaled = "" if measured.rows == plan.rows else f" and scaled to {plan.rows}"
@@ -162,6 +161,8 @@ def _of_measurement(measured: Measurement, plan: planning.Plan) -> Iterator[str]
         f"{_duration(measured.optimizer_seconds)}; "
         f"{formatting.significant(measured.tokens_per_second)} tokens per second."
     )
+    if config.training.compile:
+        yield "Its steps are timed without training.compile, which makes them faster."
     if measured.joules is None:
         yield "Its energy is unknown: no counter of it can be read."
 
@@ -173,6 +174,9 @@ def _notes(config: RunConfig, args: Plan, estimates: list[planning.GPUEstimate])
         "models do not reach, and at board power; a run fits if it takes "
         f"{100 * planning.USABLE:g} % of the memory or less."
     )
+    yield "FLOPs are the model's: what the optimizer does, and gradients it asks for, come on top."
+    if config.training.recompute_activations:
+        yield "training.recompute_activations repeats forward passes, a third more than the FLOPs."
     if config.training.precision == "float32":
         yield "With training.precision float32 a GPU holds this memory, but takes longer."
     if any(e.fits is False for e in estimates):
@@ -184,8 +188,11 @@ def _notes(config: RunConfig, args: Plan, estimates: list[planning.GPUEstimate])
         "Memory is counted on shapes, without sharding; activations are those of PyTorch's own "
         "operations. GB is 1e9 bytes."
     )
-    if args.runtime.processes > 1:
-        yield f"All of it is for one process, not for runtime.processes {args.runtime.processes}."
+    if (processes := args.runtime.processes * args.runtime.nodes) > 1:
+        yield (
+            f"All of it is for one process that does everything, not for {processes}, which share "
+            "rows and, with fsdp, memory."
+        )
 
 
 def _ratio(tokens: int, parameters: int) -> str:

@@ -45,7 +45,8 @@ class Race:
     schedule: Literal["cosine", "linear", "wsd", "constant"] = field(
         default_factory=lambda: _protocol("schedule")
     )
-    """Learning-rate schedule after warmup."""
+    """Learning rate after a tenth of the steps of warmup: down to 0, over the last fifth for wsd,
+    or constant. `steepest train` has more schedules, and all of their settings."""
     precision: Literal["float32", "bfloat16"] = field(
         default_factory=lambda: _protocol("precision")
     )
@@ -96,8 +97,9 @@ def plan_of(args: Race) -> planning.RacePlan:
     names = args.optimizers or tuple(_protocol("optimizers"))
     if repeated := planning.duplicates(names):
         raise UserError(f"{repeated[0]} is named twice.")
-    if args.seeds < 1 or args.jobs < 1 or args.tokens < 1:
-        raise UserError("--seeds, --jobs and --tokens must be at least 1.")
+    for name in ("tokens", "batch_size", "sequence_length", "seeds", "jobs"):
+        if (value := getattr(args, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
     lrs = planning.grids(args.lrs, names)
     base = planning.base_config(
         model=args.model,

@@ -14,11 +14,14 @@ from tyro.conf import Positional
 
 from steepest import models, train
 from steepest.cli.arguments import parse, value_of
+from steepest.cli.commands import INTERRUPTED
 from steepest.data.shards import Index, is_prepared
+from steepest.errors import UserError
 from steepest.optim.presets import preset
 from steepest.report import live
+from steepest.train import parsing
 from steepest.train.folder import RunFolder, check_resumes
-from steepest.train.processes import run_together
+from steepest.train.processes import Place, place_of, run_together
 from steepest.train.resolving import open_data
 
 
@@ -26,11 +29,20 @@ from steepest.train.resolving import open_data
 class Train:
     """Train one model: config from a TOML file, flags on top.
 
+        steepest train --model llama-60m --data DIR --optimizer muon --preset NAME
+        steepest train run.toml --optimizer.lr 2e-3 --training.steps 2000
+
+    --model NAME        a size of `steepest models`; its fields are flags, too
+    --data PATH         a folder that `steepest data prepare` wrote, or text, and its vocabulary
+    --optimizer NAME    one of `steepest optimizers`
+    --preset NAME       tuned hyperparameters, which `steepest optimizers NAME` lists
+    --dynamics K        measure weights, gradients and updates every K steps
+
+    What most runs set, further down: --optimizer.lr, --optimizer.options, --training.steps,
+    --training.seed, --data.batch-size, --data.sequence-length, --schedule.name,
+    --schedule.warmup-steps, --evaluation.every, --runtime.device.
+
     A run that was stopped continues with the same command, or with --resume and its folder.
-    Shorter: --model NAME is a size of `steepest models` (its fields are flags, too), --data a
-    corpus or prepared folder (which brings data.vocab_size), --optimizer a name of
-    `steepest optimizers`, --preset one of its tuned settings. --dynamics K measures weights,
-    gradients and updates every K steps.
     """
 
     config: Positional[Path | None] = None
@@ -59,8 +71,10 @@ def train_one(arguments: list[str]) -> None:
     config, args = read(arguments)
     if args.resume is not None:
         config = _resumed(config, args)
-    if args.runtime.processes > 1 and "WORLD_SIZE" not in os.environ:
-        sys.exit(_start_processes(config, args, arguments))
+    if (place := place_of(args.runtime)) is not None:
+        if (code := _start_processes(config, place, arguments)) == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     out = args.out if args.resume is None else args.resume.resolve().parent
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     stop = train.StopRequest()
@@ -70,24 +84,27 @@ def train_one(arguments: list[str]) -> None:
     except train.Preempted as told:
         print(f"steepest: {told}", file=sys.stderr)
         sys.exit(train.REQUEUE)
-    console.print(
-        f"{result['optimizer']} {result['status']}: "
-        + (result["reason"] or f"validation loss {result['val_loss']:.4f} nats per token")
-        + f", {result['tokens_per_second']:,.0f} tokens/s, {out / result['hash']}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(_ending(result, out), highlight=False, soft_wrap=True)
 
 
-def _start_processes(config: train.RunConfig, args: Any, arguments: list[str]) -> int:
+def _ending(result: dict[str, Any], out: Path) -> str:
+    """Return how a run ended, at what loss and speed, and where it is."""
+    if result["reason"]:
+        end = result["reason"].rstrip(".")
+    else:
+        end = f"validation loss {result['val_loss']:.4f} nats per token"
+    speed = f"{result['tokens_per_second']:,.0f} tokens/s"
+    return f"{result['optimizer']} {result['status']}: {end}, {speed}, {out / result['hash']}"
+
+
+def _start_processes(config: train.RunConfig, place: Place, arguments: list[str]) -> int:
     """Run this command in several processes here; return the exit code.
 
     What the processes would refuse is refused before there are any.
     """
-    train.check_batch(config.data.batch_size, args.runtime.processes)
+    train.check_batch(config.data.batch_size, place.world_size)
     train.check(config.optimizer, config.model)
-    command = [sys.executable, "-m", "steepest", "train", *arguments]
-    return run_together(command, args.runtime.processes)
+    return run_together([sys.executable, "-m", "steepest", "train", *arguments], place)
 
 
 def _resumed(config: train.RunConfig, args: Any) -> train.RunConfig:
@@ -112,15 +129,72 @@ def read(
     What the file says is the default of the short flags, and those of the others.
     """
     arguments, short = _short_flags(arguments)
-    file = next((Path(word) for word in arguments if word.endswith(".toml")), None)
+    arguments, file = _file_in(arguments)
     if file is None and (resume := value_of("--resume", list(arguments))) is not None:
         file = RunFolder(Path(resume)).config
-    base = train.RunConfig() if file is None else train.RunConfig.from_toml(file)
-    sections = {f.name: getattr(base, f.name) for f in fields(base)}
+    values = {} if file is None else parsing.load_toml(file)
+    given = parsing.arguments_of(train.RunConfig, values, str(file))
+    sections = {f.name: getattr(train.RunConfig(), f.name) for f in fields(train.RunConfig)} | given
     sections.update(_shortened(sections, short))
     kind = _arguments_for(type(sections["model"]), kind)
     args = parse(kind, command, arguments, kind(**sections))
-    return train.RunConfig(**{name: getattr(args, name) for name in sections}), args
+    if args.config is not None:
+        raise UserError(
+            f"{command} takes one file, whose name ends in .toml, and has no use for {args.config}."
+        )
+    base, sections = sections, {name: getattr(args, name) for name in sections}
+    sections["optimizer"] = _on_top(base["optimizer"], args.optimizer, arguments)
+    if args.resume is None:
+        own = args.model.vocab_size if "model" in short else None
+        is_given = "vocab_size" in values.get("data", {})
+        is_given = is_given or _has_flag("--data.vocab-size", arguments)
+        sections["data"] = _with_vocabulary(args.data, is_given, own)
+    return train.RunConfig(**sections), args
+
+
+def _file_in(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """Return the arguments without the TOML file, which may stand behind any flag's values."""
+    before = ""
+    for index, word in enumerate(arguments):
+        is_value = before.startswith("--") and "=" not in before
+        if word.endswith(".toml") and not word.startswith("--") and not is_value:
+            return arguments[:index] + arguments[index + 1 :], Path(word)
+        before = word
+    return arguments, None
+
+
+def _on_top(
+    base: train.OptimizerConfig, given: train.OptimizerConfig, arguments: list[str]
+) -> train.OptimizerConfig:
+    """Return the optimizer with the hyperparameters of the file or preset that no flag changes."""
+    if given.name == base.name:
+        return replace(given, options={**base.options, **given.options})
+    if _has_flag("--optimizer.lr", arguments):
+        return given
+    return replace(given, lr=train.default_lr(given.name))
+
+
+def _has_flag(flag: str, arguments: list[str]) -> bool:
+    return flag in [word.partition("=")[0].replace("_", "-") for word in arguments]
+
+
+def _with_vocabulary(
+    data: train.DataConfig, is_given: bool, of_model: int | None
+) -> train.DataConfig:
+    """Return the data with the vocabulary of a prepared folder, or else that of --model.
+
+    Raises UserError if another one than the folder's is given.
+    """
+    folder = Path(data.corpus).expanduser()
+    if not is_prepared(folder):
+        return data if is_given or of_model is None else replace(data, vocab_size=of_model)
+    recipe = Index.read(folder).recipe
+    if is_given and data.vocab_size != recipe.vocab_size:
+        raise UserError(
+            f"data.vocab_size is {data.vocab_size}, but the tokens in {folder} are of a vocabulary "
+            f"of {recipe.vocab_size} ({recipe.tokenizer}); leave data.vocab_size out."
+        )
+    return replace(data, vocab_size=recipe.vocab_size)
 
 
 def _short_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -137,15 +211,10 @@ def _short_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 def _shortened(sections: dict[str, Any], short: dict[str, str]) -> dict[str, Any]:
     """Return the sections that short flags change."""
     changed = {}
-    data = sections["data"]
     if "model" in short:
-        model = changed["model"] = models.size(short["model"])
-        data = replace(data, vocab_size=model.vocab_size)
+        changed["model"] = models.size(short["model"])
     if "data" in short:
-        data = replace(data, corpus=short["data"])
-        folder = Path(data.corpus).expanduser()
-        if is_prepared(folder):
-            data = replace(data, vocab_size=Index.read(folder).recipe.vocab_size)
+        changed["data"] = replace(sections["data"], corpus=short["data"])
     optimizer = sections["optimizer"]
     if "optimizer" in short:
         optimizer = train.OptimizerConfig(short["optimizer"])
@@ -157,7 +226,7 @@ def _shortened(sections: dict[str, Any], short: dict[str, str]) -> dict[str, Any
         }
         lr = values.pop("lr", optimizer.lr)
         optimizer = replace(optimizer, lr=lr, options=values, wrap=found.wrap)
-    return {**changed, "data": data, "optimizer": optimizer}
+    return {**changed, "optimizer": optimizer}
 
 
 def _arguments_for(model: type[Any], kind: type[Train]) -> type[Any]:

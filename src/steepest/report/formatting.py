@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from steepest.analysis import Estimate, Row
+if TYPE_CHECKING:  # scipy, which it needs, takes long to import
+    from steepest.analysis import Estimate, Row
 
 MINUS = "\u2212"
 NONE = "–"

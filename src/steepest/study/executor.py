@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -75,9 +76,18 @@ class LocalExecutor:
             self.pool = ProcessPoolExecutor(
                 jobs, self.context, initializer=_start, initargs=(self.messages,)
             )
-            # Workers are started by the first submissions, which must see the environment.
-            for started in [self.pool.submit(os.getpid) for _ in range(jobs)]:
-                started.result()
+            # Workers are started by the first submissions, which must see the environment. A
+            # terminal's Ctrl-C goes to them, too, and it is for this process to end them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            starting = [self.pool.submit(os.getpid) for _ in range(jobs)]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        try:
+            wait(starting)
+        except KeyboardInterrupt:
+            self._kill()
+            raise
+        for started in starting:
+            started.result()
 
     def submit(self, task: Task) -> None:
         """Queue a run."""
@@ -119,9 +129,12 @@ class LocalExecutor:
     def close(self) -> None:
         """Stop the workers, at once if runs are under way."""
         if self.pending:
-            for process in list((self.pool._processes or {}).values()):
-                process.kill()
+            self._kill()
         self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def _kill(self) -> None:
+        for process in list((self.pool._processes or {}).values()):
+            process.kill()
 
     def _pass_on(self) -> None:
         while True:

@@ -159,7 +159,13 @@ def run_race(plan: RacePlan, out: Path, *, jobs: int, watcher: Watcher) -> None:
     of another protocol, or if another process races there.
     """
     _baseline(plan, _earlier(out, plan))  # what is wrong with them is said before anything is made
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The directory of the race, {out}, cannot be made: {error.strerror}; choose another "
+            "with --out."
+        ) from None
     with (out / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from steepest.data import Batch
-from steepest.train import optimizers
+from steepest.train import optimizers, precision
 from steepest.train.batch_size import BatchConfig
 from steepest.train.config import RunConfig
 from steepest.train.learner import Learner
 from steepest.train.peaks import peak_of
-from steepest.train.planning import EVALUATION, USABLE, Plan
+from steepest.train.planning import USABLE, Plan
 from steepest.train.timing import StepClock
 
 STEP_SECONDS = 1.0
@@ -75,22 +75,24 @@ def refusal(config: RunConfig, plan: Plan, device: torch.device) -> str:
 def measure(config: RunConfig, plan: Plan, device: torch.device) -> Measurement:
     """Time a few steps of this config on random tokens, and return what the whole run takes.
 
-    The first steps, on one row, are left out of the times. The others have the rows of a part of a
-    batch, or fewer where that would take long or much memory; the model's time is then taken to be
-    in proportion to rows. Nothing is compiled but what the optimizer compiles.
+    The first steps, on one row, are left out of the times, unless one takes longer than all that
+    are measured are to take. The others have the rows of a part of a batch, or fewer where that
+    would take long or much memory; the model's time is then taken to be in proportion to rows.
+    Nothing is compiled but what the optimizer compiles.
     """
     learner = Learner(_config_of_a_part(config), device)
-    for _ in range(2):  # the first one compiles, and fills caches
-        warm, _, _ = _timed(learner, 1, 0.0, 1)
-    rows = max(1, min(plan.part_rows, int(STEP_SECONDS / warm), _fitting_rows(plan, device)))
-    energy, start = _processor_joules(), time.perf_counter()
-    model, optimizer, steps = _timed(learner, rows, SECONDS, min(MOST_STEPS, plan.steps))
+    _timed(learner, 1, 0.0, 1)  # compiles, and fills caches
+    energy, start, rows = _processor_joules(), time.perf_counter(), 1
+    model, optimizer, steps = _timed(learner, rows, 0.0, 1)
+    if model + optimizer < SECONDS:
+        rows = max(1, min(plan.part_rows, int(STEP_SECONDS / model), _fitting_rows(plan, device)))
+        energy, start = _processor_joules(), time.perf_counter()
+        model, optimizer, steps = _timed(learner, rows, SECONDS, min(MOST_STEPS, plan.steps))
     watts = _watts(device, energy, time.perf_counter() - start)
-    of_a_token = model / (rows * config.data.sequence_length)
+    tokens = rows * config.data.sequence_length
+    of_a_token, evaluation = model / tokens, _evaluation_seconds(learner, rows) / tokens
     seconds = (
-        plan.tokens * of_a_token
-        + plan.steps * optimizer
-        + EVALUATION * plan.evaluation_tokens * of_a_token
+        plan.tokens * of_a_token + plan.steps * optimizer + plan.evaluation_tokens * evaluation
     )
     step = plan.tokens / plan.steps * of_a_token + optimizer
     return Measurement(
@@ -142,6 +144,21 @@ def _timed(learner: Learner, rows: int, seconds: float, most: int) -> tuple[floa
     else:
         parts = {name: total / steps for name, total in clock.totals().items()}
     return parts["model"], parts["optimizer"], steps
+
+
+@torch.no_grad()
+def _evaluation_seconds(learner: Learner, rows: int) -> float:
+    """Return how long the loss of rows takes without a gradient, the second time."""
+    batch, clock = _random_batch(learner.config, rows, learner.device), StepClock(learner.device)
+    learner.model.eval()
+    for _ in range(2):
+        begin = clock.mark()
+        with precision.autocast(learner.config.training.precision, learner.device):
+            learner.model.loss(batch.tokens, batch.targets, batch.documents)
+        end = clock.mark()
+        clock.add((begin, begin, end, end, end))
+    learner.model.train()
+    return clock.part_seconds()["model"]
 
 
 def _random_batch(config: RunConfig, rows: int, device: torch.device) -> Batch:

@@ -19,11 +19,16 @@ class Peak:
     """Patterns of the names that torch has for it."""
     bf16_tflops: float
     """Dense bfloat16 products accumulated in float32, in 10^12 operations per second."""
-    memory_gb: float
-    """Memory, in the GB that it is sold by."""
+    memory_gib: float
+    """Memory in GiB, which it is sold by as GB."""
     watts: float
     """Board power."""
     source: str
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory in bytes."""
+        return self.memory_gib * 2**30
 
 
 @cache

@@ -1,0 +1,18 @@
+"""Worker processes of a race."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from steepest.study.executor import LocalExecutor
+
+
+def test_control_c_of_a_terminal_is_left_to_the_race(tmp_path: Path) -> None:
+    executor = LocalExecutor(1, tmp_path, lambda *_: None)
+    try:
+        blocked = executor.pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result()
+    finally:
+        executor.close()
+    assert signal.SIGINT in blocked
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

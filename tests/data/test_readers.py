@@ -181,7 +181,7 @@ def broken(tmp_path: Path, name: str, data: bytes) -> Path:
 
 NOISE = np.random.default_rng(0).integers(0, 10**9, (200, 200)).tolist()
 LINES = written.json_lines([" ".join(map(str, numbers)) for numbers in NOISE])
-GZIP = gzip.compress(LINES)
+GZIP = gzip.compress(LINES, mtime=0)
 ZSTD = written.zstandard_compressed(LINES)
 
 
@@ -195,7 +195,7 @@ ZSTD = written.zstandard_compressed(LINES)
         ("a.jsonl", b'{"text": "a\\ud800"}\n', "line 1 of .*half a surrogate pair .character 1"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl is not UTF-8 .byte 24"),
         ("a.jsonl", b"\n \n", "a.jsonl holds no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz holds no rows"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a.jsonl.gz holds no rows"),
         ("a.jsonl.gz", GZIP[:-900], "a.jsonl.gz is damaged or cut short behind row 1[0-9]+"),
         ("a.jsonl.gz", GZIP[:-4], "a.jsonl.gz is damaged or cut short behind row 1[0-9]+"),
         (

@@ -31,9 +31,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the optimizers with the first use of one; the command line's help needs no torch."""
-    if name not in (*__all__, "optim"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    optim = import_module("steepest.optim")
-    return optim if name == "optim" else getattr(optim, name)
+if not TYPE_CHECKING:  # which would take any name for one that there is
+
+    def __getattr__(name: str) -> Any:
+        """Import the optimizers when one is first used; the command line's help needs no torch."""
+        if name not in (*__all__, "optim"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        optim = import_module("steepest.optim")
+        return optim if name == "optim" else getattr(optim, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "optim"})

@@ -182,6 +182,12 @@ def test_help_and_unknown_commands_do_not_wait_for_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", command], text=True) == "False\n"
 
 
+def test_what_is_imported_late_is_listed() -> None:
+    assert {*steepest.__all__, "optim", "__version__"} <= set(dir(steepest))
+    assert all(getattr(steepest, name) is not None for name in dir(steepest))
+    assert not hasattr(steepest, "optimizer")
+
+
 def test_overview_lists_the_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

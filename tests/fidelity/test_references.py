@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import steepest
-from steepest.models import Llama, attention
+from steepest.models import Llama, document_attention
 
 STEPS = 32
 CASES: list[Case] = [
@@ -63,7 +63,7 @@ def exact_llama(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep a float64 LLaMA in float64: it casts norms, attention and logits to float32, whose
     rounding makes the gradient jump by 1e-7 at differences of 1e-16."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
-    monkeypatch.setattr(attention, "CPU_FLOAT32_ATTENTION_LENGTH", 0)
+    monkeypatch.setattr(document_attention, "FLOAT32_LENGTH", 0)
 
 
 @pytest.mark.usefixtures("exact_llama")

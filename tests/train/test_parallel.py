@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from steepest.errors import UserError
-from steepest.train import RunConfig, Runtime, read_metrics, run
+from steepest.train import FailedElsewhere, RunConfig, Runtime, read_metrics, run
 from steepest.train.parallel import check_batch, join, own_gpu
 
 from .conftest import MakeConfig
@@ -242,7 +242,7 @@ def outcome(rank: int, port: int, folder: str, files: list[str]) -> None:
     try:
         config = RunConfig.from_toml(Path(files[rank]))
         run(config, Path(folder), runtime=Runtime(threads=1, log_every=1 + rank))
-    except (UserError, SystemExit) as error:
+    except (UserError, FailedElsewhere) as error:
         Path(folder, f"{rank}.txt").write_text(f"{type(error).__name__} {error}")
 
 
@@ -255,11 +255,15 @@ def test_processes_with_other_configs_are_refused_by_one_of_them(
     mp.start_processes(
         outcome, args=(free_port(), str(tmp_path), files), nprocs=2, start_method="fork"
     )
-    told = sorted((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    both = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    told, first = sorted(both), int(both[1].startswith("UserError"))
+    sentence = (
+        "All processes of a run must have one config, but runtime.log_every is 1 in process 0 and "
+        "2 in process 1, training.seed is 3 in process 0 and 4 in process 1."
+    )
     assert told == [
-        "SystemExit 2",
-        "UserError All processes of a run must have one config, but runtime.log_every is 1 in "
-        "process 0 and 2 in process 1, training.seed is 3 in process 0 and 4 in process 1.",
+        f"FailedElsewhere process {1 - first} failed as another one of the run did: {sentence}",
+        f"UserError {sentence}",
     ]
     assert not list(tmp_path.glob("*/config.toml"))
 

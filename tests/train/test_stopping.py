@@ -20,7 +20,7 @@ from steepest.cli.train import train_one
 from steepest.errors import UserError
 from steepest.train import REQUEUE, RunConfig, Runtime, read_metrics, run
 from steepest.train.group import LOST
-from steepest.train.processes import Place, place_of, run_together
+from steepest.train.processes import Place, check_started, place_of, run_together
 from steepest.train.slurm import first_host
 
 from .conftest import MakeConfig
@@ -140,6 +140,20 @@ def test_ctrl_c_saves_and_is_answered_once(start: Start, whole: Path, tmp_path: 
     assert errors.count("saved after step") == 1
     assert "Traceback" not in errors
     descendants_are_gone(folder)
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_processes(start: Start, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / whole.name
+    command = [str(tmp_path / "run.toml"), "--out", str(tmp_path / "runs")]
+    process = start(*command, "--runtime.processes", "2")
+    wait_for_step(process, folder, 5)
+    process.kill()
+    _, errors = process.communicate(timeout=60)  # until nobody holds the other ends
+    descendants_are_gone(folder)
+    last = read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert last < STEPS
+    assert errors.count(f"saved after step {last};") == 1
 
 
 FAILS = """
@@ -349,6 +363,10 @@ def test_a_batch_script_is_no_task(step: pytest.MonkeyPatch) -> None:
     assert place_of(Runtime(processes=2)) == Place(2)
     step.setenv("WORLD_SIZE", "8")
     assert place_of(Runtime(processes=2)) is None
+    check_started(Runtime(processes=2))
+    step.setenv("WORLD_SIZE", "1")  # as some clusters set for every process
+    with pytest.raises(UserError, match=r"asks for 2 processes, but .* is one of 1; unset"):
+        check_started(Runtime(processes=2))
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,12 @@ import inspect
 import io
 import tomllib
 from contextlib import redirect_stderr
-from dataclasses import fields, is_dataclass
 from typing import Any, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from steepest.cli.mistakes import first_mistake
+from steepest.cli.mistakes import first_mistake, flags_and_types
 from steepest.errors import UserError, unknown
 
 HELP = ("-h", "--help")
@@ -26,9 +25,9 @@ def parse(kind: type[Any], name: str, arguments: list[str], default: Any = None)
 
     Raises UserError, a sentence with the nearest flag or what the flag takes, where they are wrong.
     """
-    if wants_help := not set(HELP).isdisjoint(arguments):
+    if wants_help(arguments):
         arguments = ["--help"]
-    flags = [f"--{flag}" for flag in flags_of(kind)]
+    flags = [flag for flag, _ in flags_and_types(kind)]
     for word in arguments:
         flag = word.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in (*flags, *HELP):
@@ -47,12 +46,17 @@ def parse(kind: type[Any], name: str, arguments: list[str], default: Any = None)
                 **given,
             )
     except SystemExit as stop:
-        if wants_help:
+        if wants_help(arguments):
             raise
         raise _reason(stop, kind, name, arguments) from None
     if rest:
         raise UserError(f"{name} takes no {rest[0]!r}; steepest {name} --help lists what it takes.")
     return parsed
+
+
+def wants_help(arguments: list[str]) -> bool:
+    """Return whether the arguments ask what a command takes, whatever else they say."""
+    return not set(HELP).isdisjoint(arguments)
 
 
 def _reason(stop: SystemExit, kind: type[Any], name: str, arguments: list[str]) -> UserError:
@@ -70,16 +74,9 @@ def _reason(stop: SystemExit, kind: type[Any], name: str, arguments: list[str]) 
     return UserError(mistake or f"{name} cannot read its arguments; see steepest {name} --help.")
 
 
-def flags_of(kind: type[Any], prefix: str = "") -> list[str]:
+def flags_of(kind: type[Any]) -> list[str]:
     """Return the flags of a sub-command without their dashes, those of its sections with dots."""
-    flags = []
-    for part in fields(kind):
-        nested = part.default_factory if isinstance(part.default_factory, type) else None
-        if nested is not None and is_dataclass(nested):
-            flags += flags_of(nested, f"{prefix}{part.name}.")
-        elif "Positional[" not in str(part.type):
-            flags.append(f"{prefix}{part.name}".replace("_", "-"))
-    return flags
+    return [flag.removeprefix("--") for flag, _ in flags_and_types(kind)]
 
 
 def value_of(flag: str, arguments: list[str]) -> str | None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from steepest.cli.arguments import parse
+from steepest.cores import cores
 from steepest.data import preparation, verifying
 from steepest.data.preparation import Progress
 from steepest.data.shards import Index, is_prepared, map_split
@@ -25,7 +26,6 @@ from steepest.data.sources import Source, corpora, open_source
 from steepest.data.tokenizers import Tokenizer, load_tokenizer, named, open_tokenizer
 from steepest.errors import UserError, unknown
 from steepest.report import formatting
-from steepest.study.executor import cores
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 LOG_SECONDS = 30

@@ -17,7 +17,7 @@ def first_mistake(kind: type[Any], arguments: list[str]) -> str:
 
     `kind` is the dataclass of a sub-command's arguments. Empty if nothing is found.
     """
-    hints = dict(_hints(kind))
+    hints = dict(flags_and_types(kind))
     positional, given = _words_of(arguments, hints)
     for flag, words in given:
         if sentence := _mistake(flag, hints[flag], words):
@@ -31,13 +31,13 @@ def first_mistake(kind: type[Any], arguments: list[str]) -> str:
     return f"{missing[0]} is needed, and is not given." if missing else ""
 
 
-def _hints(kind: type[Any], prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    """Yield the flags of a dataclass and of those in it, and their types."""
+def flags_and_types(kind: type[Any], prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Yield the flags of a sub-command, those of its sections with dots, and their types."""
     hints = get_type_hints(kind, include_extras=True)
     for part in fields(kind):
         hint, flag = hints[part.name], f"{prefix}{part.name}".replace("_", "-")
         if is_dataclass(part.default_factory):
-            yield from _hints(part.default_factory, f"{flag}.")
+            yield from flags_and_types(part.default_factory, f"{flag}.")
         elif not _is_positional(hint):
             yield flag, hint
 

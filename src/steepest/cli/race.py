@@ -12,9 +12,10 @@ from tyro.conf import Positional
 
 from steepest import compiler, models, train
 from steepest.cli.arguments import parse
+from steepest.cores import cores
 from steepest.errors import UserError
 from steepest.report import formatting, html, live, terminal
-from steepest.study import estimate, executor, store
+from steepest.study import estimate, store
 from steepest.study import plan as planning
 from steepest.study.race import run_race
 
@@ -60,7 +61,7 @@ class Race:
     """Final runs of each optimizer at its best learning rate."""
     baseline: str | None = None
     """Optimizer that the others are compared with; adamw where it races, else the first."""
-    jobs: int = field(default_factory=executor.cores)
+    jobs: int = field(default_factory=cores)
     """Runs side by side, one thread each; by default as many as there are cores."""
     out: Path | None = None
     """Directory of the race; by default results/race-<protocol>, so that equal protocols meet."""

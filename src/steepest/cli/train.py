@@ -1,4 +1,9 @@
-"""`steepest train`."""
+"""`steepest train`.
+
+`train_one` either trains, by `steepest.train.run`, or is the command on a machine for which several
+processes are to be started: `train.processes.run_together` starts the same command in each, where
+`train_one` then trains; their group is in the environment, and `train.group` how they meet in it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,11 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from tyro.conf import Positional
 
 from steepest import models, train
-from steepest.cli.arguments import parse, value_of
+from steepest.cli.arguments import parse, value_of, wants_help
 from steepest.cli.commands import INTERRUPTED
 from steepest.data.shards import Index, is_prepared
 from steepest.errors import UserError
@@ -21,8 +25,11 @@ from steepest.optim.presets import preset
 from steepest.report import live
 from steepest.train import parsing
 from steepest.train.folder import RunFolder, check_resumes
-from steepest.train.processes import Place, place_of, run_together
+from steepest.train.group import meet, one_voice, wait_for_all
+from steepest.train.processes import LAUNCHER, check_started, place_of, run_together
 from steepest.train.resolving import open_data
+from steepest.train.running import device_called
+from steepest.train.stopping import stop_without
 
 
 @dataclass(frozen=True)
@@ -63,27 +70,56 @@ class Train:
     it is refused by name. Flags of runtime can be others."""
 
 
+@dataclass(frozen=True)
+class _RuntimeAlone:
+    runtime: train.Runtime = field(default_factory=train.Runtime)
+
+
 def train_one(arguments: list[str]) -> None:
-    """Train one run and print its result.
+    """Train one run and print its result, here or in the processes that runtime asks for.
 
     Exits with 75 (`train.REQUEUE`) where it was asked to stop and saved, by SIGTERM or SIGUSR1.
     """
-    config, args = read(arguments)
-    if args.resume is not None:
-        config = _resumed(config, args)
-    if (place := place_of(args.runtime)) is not None:
-        if (code := _start_processes(config, place, arguments)) == INTERRUPTED:
+    if not wants_help(arguments) and (place := place_of(_runtime_in(arguments))) is not None:
+        if place.nodes == 1:  # else the others wait for this machine: its processes tell them
+            config, _ = _run_described_by(arguments)
+            train.check_batch(config.data.batch_size, place.world_size)
+            train.check(config.optimizer, config.model)
+        command = [sys.executable, "-m", "steepest", "train", *arguments]
+        if (code := run_together(command, place)) == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
-    out = args.out if args.resume is None else args.resume.resolve().parent
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    stop = train.StopRequest()
+    if LAUNCHER in os.environ:
+        stop_without(int(os.environ[LAUNCHER]))
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        with live.LiveRun(console) as watcher, stop.listening():
-            result = train.run(config, out, runtime=args.runtime, on_progress=watcher, stop=stop)
+        _train_here(arguments, Console(quiet=not first))
     except train.Preempted as told:
-        print(f"steepest: {told}", file=sys.stderr)
+        if first:
+            print(f"steepest: {told}", file=sys.stderr)
         sys.exit(train.REQUEUE)
+    except train.FailedElsewhere as failure:
+        if failure.untold:
+            print(f"steepest: {failure}", file=sys.stderr)
+        sys.exit(failure.code)
+    except KeyboardInterrupt:
+        if first:
+            raise
+        sys.exit(INTERRUPTED)
+
+
+def _train_here(arguments: list[str], console: Console) -> None:
+    """Train in this process, which may be one of several, and print the result."""
+    store = meet()
+    with one_voice(store):
+        config, args = _run_described_by(arguments)
+        check_started(args.runtime)
+        if store is not None:
+            wait_for_all(store)
+    out = args.out if args.resume is None else args.resume.resolve().parent
+    stop = train.StopRequest()
+    with live.LiveRun(console) as watcher, stop.listening():
+        result = train.run(config, out, runtime=args.runtime, on_progress=watcher, stop=stop)
     console.print(_ending(result, out), highlight=False, soft_wrap=True)
 
 
@@ -97,14 +133,26 @@ def _ending(result: dict[str, Any], out: Path) -> str:
     return f"{result['optimizer']} {result['status']}: {end}, {speed}, {out / result['hash']}"
 
 
-def _start_processes(config: train.RunConfig, place: Place, arguments: list[str]) -> int:
-    """Run this command in several processes here; return the exit code.
+def _runtime_in(arguments: list[str]) -> train.Runtime:
+    """Return what the flags of runtime say, before a file is read, which a machine may lack.
 
-    What the processes would refuse is refused before there are any.
+    Wrong ones are told by `read`, where all processes have met and one speaks for them.
     """
-    train.check_batch(config.data.batch_size, place.world_size)
-    train.check(config.optimizer, config.model)
-    return run_together([sys.executable, "-m", "steepest", "train", *arguments], place)
+    words, is_runtime = [], False
+    for word in _file_in(arguments)[0]:
+        is_runtime = word.startswith("--runtime.") if word.startswith("--") else is_runtime
+        words += [word] if is_runtime else []
+    try:
+        runtime: train.Runtime = parse(_RuntimeAlone, "train", words).runtime
+    except UserError:
+        return train.Runtime()
+    return runtime
+
+
+def _run_described_by(arguments: list[str]) -> tuple[train.RunConfig, Any]:
+    """Return the run that the arguments describe, a new one or that of --resume, and them."""
+    config, args = read(arguments)
+    return (config if args.resume is None else _resumed(config, args)), args
 
 
 def _resumed(config: train.RunConfig, args: Any) -> train.RunConfig:
@@ -116,7 +164,8 @@ def _resumed(config: train.RunConfig, args: Any) -> train.RunConfig:
     there = train.RunConfig.from_toml(folder.config)
     if config.data.corpus != there.data.corpus:  # so that its content is found to be another
         config = replace(config, data=replace(config.data, fingerprint=""))
-    config = train.resolve(config, open_data(config.data), torch.device(args.runtime.device))
+    device = device_called(args.runtime.device)
+    config = train.resolve(config, open_data(config.data), device)
     check_resumes(folder, config)
     return config
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,6 +17,7 @@ from typing import Any
 from steepest.errors import UserError
 from steepest.train import Progress, RunConfig, Runtime
 from steepest.train import run as train_run
+from steepest.train.stopping import interrupts_kept
 
 WORKER_ENVIRONMENT = {
     # One thread a run: runs that share cores with spinning threads slow each other manyfold.
@@ -27,21 +27,12 @@ WORKER_ENVIRONMENT = {
     # Keep freed memory: giving it back and faulting it in again costs up to a tenth of a step.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    # A run is a worker's own, whatever group of processes the race is started in.
+    "WORLD_SIZE": "1",
 }
 """Set before a worker starts, because its libraries read these once."""
 
 POLL_SECONDS = 0.2
-
-
-def cores() -> int:
-    """Return how many cores this process may use, by its affinity and its container's quota."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroups, or "max": no quota
-        return cores
 
 
 @dataclass(frozen=True)
@@ -76,11 +67,9 @@ class LocalExecutor:
             self.pool = ProcessPoolExecutor(
                 jobs, self.context, initializer=_start, initargs=(self.messages,)
             )
-            # Workers are started by the first submissions, which must see the environment. A
-            # terminal's Ctrl-C goes to them, too, and it is for this process to end them.
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            starting = [self.pool.submit(os.getpid) for _ in range(jobs)]
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            # Workers are started by the first submissions, which must see the environment.
+            with interrupts_kept():
+                starting = [self.pool.submit(os.getpid) for _ in range(jobs)]
         try:
             wait(starting)
         except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from steepest.train.config import (
     TrainingConfig,
     default_lr,
 )
+from steepest.train.group import FailedElsewhere
 from steepest.train.optimizers import build, check
 from steepest.train.parallel import check_batch
 from steepest.train.progress import Progress
@@ -26,6 +27,7 @@ __all__ = [
     "BatchConfig",
     "DataConfig",
     "EvaluationConfig",
+    "FailedElsewhere",
     "OptimizerConfig",
     "Preempted",
     "Progress",

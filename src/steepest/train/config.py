@@ -223,7 +223,7 @@ class Runtime:
     sinks: tuple[SinkName, ...] = ()
     """Where metrics also go as they come: tensorboard, wandb, trackio."""
     processes: int = 1
-    """Processes on each machine, one per GPU or group of cores. Under torchrun it has no effect."""
+    """Processes on each machine, one per GPU or group of cores; not where torchrun starts them."""
     nodes: int = 1
     """Machines that the run is on; the same command is given on each. Slurm's srun says it, too."""
     node_rank: int = 0

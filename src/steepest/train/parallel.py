@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from steepest.errors import UserError
 from steepest.train import identity
 from steepest.train.checkpoints import load_optimizer
-from steepest.train.group import TIMEOUT
+from steepest.train.group import TIMEOUT, wait_for_all
 
 Value = TypeVar("Value")
 
@@ -274,13 +274,14 @@ def join(store: Store | None, kind: str, device: torch.device) -> tuple[Parallel
     """Join the processes that share a store, if any; return them and this one's device.
 
     `kind` is "ddp" or "fsdp", and `device` one that any of the processes could have. Raises
-    UserError where two processes would have the same GPU.
+    UserError where two processes would have the same GPU, FailedElsewhere where one does not come.
     """
     if store is None:
         return Parallel(), device
     if device.type == "cuda":
         device = own_gpu()
         torch.cuda.set_device(device)
+    wait_for_all(store)
     if not dist.is_initialized():  # a process may do several runs
         on_gpu = device.type == "cuda"
         if on_gpu:

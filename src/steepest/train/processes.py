@@ -18,13 +18,15 @@ from dataclasses import dataclass
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
+from steepest.cores import cores
 from steepest.errors import UserError
 from steepest.train import slurm
 from steepest.train.config import Runtime
-from steepest.train.group import LOST, TIMEOUT, first_line
-from steepest.train.stopping import REQUEUE, forwarding
+from steepest.train.group import LOST, POLL_SECONDS, TIMEOUT, first_line
+from steepest.train.stopping import REQUEUE, forwarding, interrupts_kept
 
-POLL_SECONDS = 0.1
+LAUNCHER = "STEEPEST_LAUNCHER"
+"""Environment variable with the process id of what has started a process."""
 GRACE_SECONDS = 10
 """How long processes may go on after one of them failed."""
 
@@ -33,7 +35,8 @@ def place_of(runtime: Runtime) -> Place | None:
     """Return the processes that are to be started for a run, by this one on its machine.
 
     None for a process that trains: by itself, or as one of those that torchrun or srun started,
-    whose place is then in the environment. Raises UserError where srun and runtime don't fit.
+    whose place is then in the environment: srun's is put there as torchrun would. Raises UserError
+    where srun and runtime don't fit.
     """
     if "WORLD_SIZE" in os.environ:
         return None
@@ -53,6 +56,16 @@ def place_of(runtime: Runtime) -> Place | None:
     if runtime.nodes == 1:
         return Place(runtime.processes)
     return Place(runtime.processes, runtime.nodes, runtime.node_rank, runtime.rendezvous)
+
+
+def check_started(runtime: Runtime) -> None:
+    """Raise UserError where this process was started by others, with fewer than runtime says."""
+    asked, count = runtime.processes * runtime.nodes, int(os.environ.get("WORLD_SIZE") or "1")
+    if asked > count:
+        raise UserError(
+            f"runtime asks for {asked} processes, but WORLD_SIZE in the environment says that this "
+            f"is one of {count}; unset it, or leave out runtime.processes and runtime.nodes."
+        )
 
 
 @dataclass(frozen=True)
@@ -77,11 +90,12 @@ class Place:
 def run_together(command: Sequence[str], place: Place) -> int:
     """Run a command in processes that form a group of torch.distributed; return its exit code.
 
-    Each gets the environment that torchrun would give it, and its share of this machine's cores
-    unless OMP_NUM_THREADS says otherwise. SIGTERM and SIGUSR1 are passed on to all, and Ctrl-C asks
-    them to stop, too; a second one kills them. The code is 0 if all end so, `stopping.REQUEUE` if
-    they were asked to stop and nothing else went wrong, or else that of the first that failed,
-    after which the others are ended. It is the same on all machines, but for Ctrl-C: 130 here.
+    Each gets the environment that torchrun would give it, LAUNCHER, and its share of this machine's
+    cores unless OMP_NUM_THREADS says otherwise. SIGTERM and SIGUSR1 are passed on to all, and
+    Ctrl-C asks them to stop, too; a second one kills them. The code is 0 if all end so,
+    `stopping.REQUEUE` if they were asked to stop and nothing else went wrong, or else that of the
+    first that failed, after which the others are ended. It is the same on all machines, but for
+    Ctrl-C: 130 here.
 
     Raises UserError where the machines do not meet.
     """
@@ -90,15 +104,13 @@ def run_together(command: Sequence[str], place: Place) -> int:
         if (meeting := _Meeting.begin(place, asked)) is None:
             return REQUEUE
         environment = _environment(place, meeting.store)
-        # A terminal's Ctrl-C goes to all processes; what is to be done about it is said once, here.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        for local in range(place.processes):
-            rank = place.node_rank * place.processes + local
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(local)}
-            children.append(subprocess.Popen(command, env=own))
-            for number in asked:
-                children[-1].send_signal(number)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        with interrupts_kept():
+            for local in range(place.processes):
+                rank = place.node_rank * place.processes + local
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(local)}
+                children.append(subprocess.Popen(command, env=own))
+                for number in asked:
+                    children[-1].send_signal(number)
         code = _ended(children, meeting, asked)
         meeting.end()
     return 130 if signal.SIGINT in asked else code
@@ -106,7 +118,7 @@ def run_together(command: Sequence[str], place: Place) -> int:
 
 def _environment(place: Place, store: TCPStore) -> dict[str, str]:
     return {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // place.processes)),
+        "OMP_NUM_THREADS": str(max(1, cores() // place.processes)),
         **os.environ,
         "MASTER_ADDR": store.host,
         "MASTER_PORT": str(store.port),
@@ -114,6 +126,7 @@ def _environment(place: Place, store: TCPStore) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "WORLD_SIZE": str(place.world_size),
         "LOCAL_WORLD_SIZE": str(place.processes),
+        LAUNCHER: str(os.getpid()),
     }
 
 
@@ -148,6 +161,8 @@ class _Meeting:
     def _all_came(self, asked: list[int]) -> bool:
         deadline = time.monotonic() + TIMEOUT.total_seconds()
         for rank in range(self.place.nodes):
+            if not self.store.check([f"machine/{rank}"]):
+                _say(f"waiting for machine {rank} to come to {self.place.rendezvous}.")
             while not self.store.check([f"machine/{rank}"]):
                 _check_time(deadline, f"Machine {rank} of the run did not come")
                 if asked:
@@ -192,11 +207,14 @@ class _Meeting:
 
 def _reachable(host: str, port: int, asked: list[int]) -> bool:
     """Wait until somebody listens there; False if this process is asked to stop before."""
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    deadline, waits = time.monotonic() + TIMEOUT.total_seconds(), False
     while not asked:
         try:
             socket.create_connection((host, port), timeout=1).close()
         except OSError:
+            if not waits:
+                _say(f"waiting for machine 0 to answer at {host}:{port}.")
+            waits = True
             _check_time(deadline, f"Machine 0 of the run does not answer at {host}:{port}")
             time.sleep(POLL_SECONDS)
         else:
@@ -223,6 +241,8 @@ def _ended(children: list[subprocess.Popen[bytes]], meeting: _Meeting, asked: li
             if found not in (None, LOST):
                 _tell_kills(codes, asked, meeting.place)
                 found = meeting.tell(found)
+                if meeting.place.nodes > 1 and found != REQUEUE:
+                    _say(f"a process has failed, and says why where it is; the code is {found}.")
                 _signal(children, signal.SIGTERM)
             failure = found or failure
             if failure is not None:
@@ -257,7 +277,11 @@ def _tell_kills(codes: list[int | None], asked: list[int], place: Place) -> None
         if code is not None and code < 0 and -code not in asked:
             rank = place.node_rank * place.processes + local
             name = signal.Signals(-code).name
-            print(f"steepest: process {rank} was killed by {name}.", file=sys.stderr)
+            _say(f"process {rank} was killed by {name}.")
+
+
+def _say(sentence: str) -> None:
+    print(f"steepest: {sentence}", file=sys.stderr)
 
 
 def _signal(children: list[subprocess.Popen[bytes]], number: int) -> None:

@@ -39,12 +39,13 @@ def run(
     ends with the same bits as one that was not. A run that diverges ends early, with status
     "diverged". `on_progress` is called at most every quarter of a second, and at the end.
 
-    Where several processes were started together, each calls this. The first one reads and writes
-    the folder, which the others need not see; they need the data, under any path. The first process
-    that fails raises its error, and the others end with SystemExit.
+    Where several processes were started together, each calls this, as torchrun's environment says
+    which it is. The first one reads and writes the folder, which the others need not see; they need
+    the data, under any path. Signals are left to the caller: see `StopRequest`.
 
     Raises UserError for input that cannot work, and if another process works on the run; Preempted
-    where it stopped as asked.
+    where it stopped as asked. Of several processes the first that fails raises its error, and the
+    others raise FailedElsewhere; the group is then of no more use.
     """
     runtime, stop = runtime or Runtime(), stop or StopRequest()
     store = meet()
@@ -108,16 +109,22 @@ def _check_runtime(
         sinks.check(runtime.sinks)
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device called `name`; raise UserError if there is none that can be used."""
+def device_called(name: str) -> torch.device:
+    """Return the device called `name`, whether it is there or not; raise UserError for no name."""
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"The device {name!r} was asked for, but torch finds no CUDA device.")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"The device {name!r} is not supported; use cpu, cuda or cuda:N.")
+    return device
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device called `name`; raise UserError if there is none that can be used."""
+    device = device_called(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"The device {name!r} was asked for, but torch finds no CUDA device.")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

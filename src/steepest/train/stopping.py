@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
+import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +51,31 @@ class StopRequest:
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
         self.asked = True
+
+
+def stop_without(parent: int) -> None:
+    """Ask this process to stop when its parent has gone, which could not ask: it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Let processes that are started in the context not be interrupted by a terminal's Ctrl-C.
+
+    It goes to all processes of a terminal, and what is to be done about it is said once, by this
+    one. The block of the signal is inherited; here it is lifted at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

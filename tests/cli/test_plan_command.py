@@ -56,6 +56,7 @@ def test_a_file_and_flags_become_a_plan(capsys: pytest.CaptureFixture[str], tmp_
         "40 of 4 × 16 tokens, in parts of 2 × 16",
         "2.56 k tokens, 0.0724 per parameter",
         "activations of 2 rows",
+        "time, at least",
         "this machine, measured",
         "H100 80GB HBM3",
         "H100 PCIe",

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from steepest.report import live
-from steepest.report.live import LiveRun
-from steepest.train import Progress
+from steepest.report.live import LiveRace, LiveRun
+from steepest.study.executor import Task
+from steepest.train import Progress, RunConfig
 
 VALUES = {"steps": 10, "tokens": 100, "tokens_per_second": 12345.0, "phase": "training"}
 
@@ -83,3 +84,18 @@ def test_what_is_no_terminal_gets_a_line_now_and_then(monkeypatch: pytest.Monkey
         "training 20/30 loss 3.250, 12,345 tokens/s, about 10 s left\n"
         "training 30/30 loss 3.250, 12,345 tokens/s\n"
     )
+
+
+def test_a_race_shows_what_a_run_without_a_speed_does() -> None:
+    console = terminal(120)
+    race = LiveRace(console, runs=2, steps=10)
+    for label, step, speed in (("a", 1, 0.0), ("b", 2, 12345.0)):
+        task = Task(label, RunConfig())
+        race.progress(
+            task, Progress(**{**VALUES, "tokens_per_second": speed}, step=step, loss=3.25)
+        )
+    with console.capture() as capture:
+        console.print(race._view())
+    rows = [line.split() for line in capture.get().splitlines()]
+    assert ["a", "1/10", "3.250", "training"] in rows
+    assert ["b", "2/10", "3.250", "12,345"] in rows

@@ -24,7 +24,7 @@ from steepest.train import (
 
 MakeConfig = Callable[..., RunConfig]
 
-MEASURED = ("seconds", "part_seconds", "memory_bytes", "mfu")
+MEASURED = ("elapsed_seconds", "seconds", "part_seconds", "memory_bytes", "mfu")
 """What records and results have that is another in each process: times and memory."""
 
 MOMENTUM = '''

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from steepest.cli import train
 from steepest.train import Runtime, read_metrics, run
 from steepest.train.divergence import DivergenceMonitor, of_validation
 
@@ -41,7 +42,7 @@ def test_steps_skipped_in_a_row_are_the_end_and_single_ones_are_not() -> None:
     divergence = monitor.update(36, 5.0, math.inf)
     assert divergence is not None
     assert divergence.reason == (
-        "The gradient was not finite at step 36, after 5 steps that were skipped."
+        "The gradient was not finite at step 36, the last of 6 skipped steps in a row."
     )
     assert DivergenceMonitor(100, 0).update(1, 5.0, math.nan) is None  # the next loss shows it
 
@@ -55,7 +56,9 @@ def test_an_optimizer_with_extra_gradients_diverges_like_others(
     )
     result = run(config, tmp_path, runtime=Runtime(threads=1))
     assert (result["status"], result["val_loss"]) == ("diverged", None)
-    assert result["skipped_steps"] > 0 or nonfinite == "propagate"
+    if nonfinite == "skip":
+        last = f"the last of {result['skipped_steps']} skipped steps in a row."
+        assert result["reason"].endswith(last)
 
 
 def test_an_average_that_is_not_finite_ends_no_run(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -66,10 +69,14 @@ def test_an_average_that_is_not_finite_ends_no_run(make_config: MakeConfig, tmp_
     )  # fmt: skip
     result = run(config, tmp_path, runtime=Runtime(threads=1))
     assert result["reason"] == "The training loss was nan at step 2."
+    assert train._ending(result, tmp_path) == (
+        f"sgd diverged: The training loss was nan at step 2. {tmp_path / result['hash']}"
+    )
     records = read_metrics(tmp_path / result["hash"] / "metrics.jsonl")
     (last,) = [r for r in records if r["kind"] == "eval" and r["step"] == 1]
     assert math.isfinite(last["val_loss"])
-    assert last["averaged"] == last["averaged_bits_per_byte"] == {"ema_0.5": None}
+    for name in ("averaged", "averaged_perplexity", "averaged_bits_per_byte"):
+        assert last[name] == {"ema_0.5": None}
 
 
 def test_a_loss_that_stays_up_is_the_end_after_a_window_after_warmup() -> None:
@@ -111,6 +118,7 @@ def test_a_huge_lr_gives_a_result(
     result = run(config, tmp_path, runtime=Runtime(checkpoint_every=5, log_every=1))
     assert result["status"] == "diverged"
     assert result["val_loss"] is None
+    assert result["val_perplexity"] is None
     assert result["val_bits_per_byte"] is None
     assert 1 <= result["diverged_at_step"] < 60
     assert result["steps"] == result["diverged_at_step"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from steepest import data
+from steepest.cli import train
 from steepest.errors import UserError
 from steepest.models import GPT2Config, Llama, LlamaConfig, MoEConfig
 from steepest.models.cross_entropy import IGNORED
@@ -26,7 +27,7 @@ from steepest.train import (
     resolve,
     run,
 )
-from steepest.train.evaluation import evaluate
+from steepest.train.evaluation import Score, evaluate
 from steepest.train.learner import Learner
 from steepest.train.loop import Training
 from steepest.train.parallel import Parallel
@@ -88,7 +89,9 @@ def test_a_run_writes_what_it_promises(make_config: MakeConfig, tmp_path: Path) 
     assert (seen[-1].phase, seen[-1].step) == ("done", 25)
 
 
-def test_every_loss_is_there_in_bits_per_byte(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_every_loss_is_there_in_bits_per_byte_and_as_perplexity(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     config = make_config(steps=6, every=3, train_tokens=256, windows=(2,), **{"averaging.every": 1})
     result = run(config, tmp_path, runtime=EVERY_STEP)
     tokens = data.prepare(config.data.corpus, config.data.vocab_size)
@@ -103,9 +106,37 @@ def test_every_loss_is_there_in_bits_per_byte(make_config: MakeConfig, tmp_path:
         assert record["averaged_bits_per_byte"] == pytest.approx(
             {name: loss / held_out for name, loss in record["averaged"].items()}
         )
+        assert record["val_perplexity"] == pytest.approx(math.exp(record["val_loss"]))
+        assert record["averaged_perplexity"] == pytest.approx(
+            {name: math.exp(loss) for name, loss in record["averaged"].items()}
+        )
     assert set(record["averaged_bits_per_byte"]) == {"window_2"}
     assert result["val_bits_per_byte"] == record["val_bits_per_byte"]
     assert result["averaged_bits_per_byte"] == record["averaged_bits_per_byte"]
+    assert result["val_perplexity"] == record["val_perplexity"]
+    assert result["averaged_perplexity"] == record["averaged_perplexity"]
+    ending = train._ending(result, tmp_path)
+    assert (
+        f"{result['val_loss']:.4f} nats per token, perplexity {result['val_perplexity']:.0f},"
+        in (ending)
+    )
+
+
+def test_a_perplexity_too_large_to_say_is_null(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any, **__: Any) -> Score:
+        return Score(710.0, 3.0)
+
+    monkeypatch.setattr("steepest.train.evaluation.evaluate", lost)
+    config = make_config(steps=6, every=3, ema=(0.5,), **{"averaging.every": 1})
+    result = run(config, tmp_path, runtime=EVERY_STEP)
+    records = read_metrics(folder_of(result, tmp_path) / "metrics.jsonl")
+    for told in (result, *(r for r in records if r["kind"] == "eval")):
+        assert (told["val_loss"], told["val_perplexity"]) == (710.0, None)
+        averages = [] if told.get("step") == 0 else ["ema_0.5"]
+        assert told["averaged_perplexity"] == dict.fromkeys(averages)
+    assert "perplexity" not in train._ending(result, Path("runs"))
 
 
 def test_a_complete_run_returns_at_once(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from steepest.train import Progress, Runtime, memory, optimizers, read_metrics, 
 from steepest.train.learner import Learner
 from steepest.train.loop import Training
 from steepest.train.peaks import peak_of, peaks, utilisation
-from steepest.train.progress import seconds_left
+from steepest.train.progress import Pace, seconds_left
 from steepest.train.timing import StepClock
 from steepest.train.watching import Watch
 
@@ -106,6 +106,13 @@ def test_records_have_times_and_memory(make_config: MakeConfig, tmp_path: Path) 
     records = read_metrics(tmp_path / result["hash"] / "metrics.jsonl")
     train = [r for r in records if r["kind"] == "train"]
     assert [("memory_bytes" in r) for r in train] == [True] + [False] * 11
+    evaluations = [r["memory_bytes"] for r in records if r["kind"] == "eval"]
+    assert [m["optimizer_state"] > 0 for m in evaluations] == [False, True, True]
+    assert evaluations[-1]["peak"] >= train[0]["memory_bytes"]["peak"] > 0
+    elapsed = [*(r["elapsed_seconds"] for r in records), result["elapsed_seconds"]]
+    assert elapsed == sorted(elapsed)
+    for told in (*records, result):
+        assert 0 < sum(told["part_seconds"].values()) <= told["elapsed_seconds"]
     for name in ("data", "model", "optimizer", "evaluation"):
         seconds = [r["part_seconds"][name] for r in records]
         assert seconds == sorted(seconds)
@@ -124,6 +131,7 @@ def test_records_have_times_and_memory(make_config: MakeConfig, tmp_path: Path) 
     assert (result["loss_spikes"], result["skipped_steps"], result["mfu"]) == (0, 0, None)
     assert all(r["update_ratio"].keys() == r["lr"].keys() for r in train)
     assert seen[-1].seconds_left == 0
+    assert seen[-1].tokens_per_second == result["tokens_per_second"]
     assert result["flops_per_token"] == models.training_flops_per_token(config.model, 16)
 
 
@@ -284,13 +292,83 @@ def test_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_time_left_counts_steps_and_evaluations() -> None:
     clock = StepClock(CPU)
-    assert seconds_left(clock, 0, 100, 10) is None
     for start in range(40):
         step = float(start)
         clock.add((step, step + 0.5, step + 1.0, step + 1.5, step + 2.0))  # 2 seconds each
     clock.evaluation_seconds = 15.0  # of 5 evaluations: at 0, 10, 20, 30 and 40
-    assert seconds_left(clock, 40, 100, 10) == 60 * 2 + 6 * 3
-    assert seconds_left(clock, 45, 105, 10) == 60 * 2 + 7 * 3  # at 50, 60, ..., 100 and 105
+    assert seconds_left(clock, 2.0, 40, 100, 10) == 60 * 2 + 6 * 3
+    assert seconds_left(clock, 2.0, 45, 105, 10) == 60 * 2 + 7 * 3  # at 50, 60, ..., 100 and 105
     steps = {"data": 20, "model": 20, "optimizer": 20}
     assert clock.totals() == {**steps, "evaluation": 15, "checkpoint": 0}
     assert clock.seconds == 80
+
+
+def test_the_time_that_elapsed_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("steepest.train.timing.time.perf_counter", lambda: now)
+    first = StepClock(CPU)
+    now += 5
+    saved = first.state_dict()
+    now += 1000  # until the run is continued
+    second = StepClock(CPU)
+    now += 2
+    second.load_state_dict(saved)
+    now += 1
+    assert second.elapsed_seconds == 5 + 2 + 1
+
+
+def test_the_pace_has_what_is_around_steps_but_no_first_one_and_no_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("steepest.train.timing.time.perf_counter", lambda: now)
+    clock = StepClock(CPU)
+    pace = Pace(clock)
+    now += 60  # compiles
+    assert pace.step_seconds(8) == 0
+    pace.after(8)
+    assert pace.step_seconds(8) == 0
+    for step in range(9, 13):
+        now += 3
+        pace.after(step)
+    with clock.evaluating():
+        now += 50
+    assert pace.step_seconds(12) == 3
+
+
+def test_no_speed_is_told_before_a_second_step_of_a_process(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of a process is slow, whether the run has had others before or not."""
+    monkeypatch.setattr("steepest.train.loop.PROGRESS_SECONDS", 0)
+    config, runtime = make_config(steps=8), Runtime(threads=1, checkpoint_every=3)
+    told: list[Progress] = []
+
+    class Killed(Exception):
+        pass
+
+    def killing(progress: Progress) -> None:
+        told.append(progress)
+        if progress.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(config, tmp_path, runtime=runtime, on_progress=killing)
+    run(config, tmp_path, runtime=runtime, on_progress=told.append)
+    trained = [p for p in told if p.phase == "training"]
+    assert [p.step for p in trained] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    for place, progress in enumerate(trained):
+        first = place in (0, 5)
+        assert (progress.tokens_per_second == 0) == (progress.seconds_left is None) == first
+
+
+def test_the_time_left_has_what_is_around_steps(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steepest.train.loop.PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(Pace, "step_seconds", lambda *_: 100.0)
+    told: list[Progress] = []
+    run(make_config(steps=6, every=6), tmp_path, runtime=PLAIN, on_progress=told.append)
+    left = [p.seconds_left for p in told if p.phase == "training"]
+    assert left[0] is None
+    assert left[1:] == pytest.approx([400, 300, 200, 100, 0], abs=50)  # an evaluation beside

@@ -132,7 +132,7 @@ def _memory(plan: planning.Plan) -> Table:
 def _costs(measured: Measurement | None, estimates: list[planning.GPUEstimate]) -> Table:
     """Return the time and energy here and on GPUs."""
     table = Table("one device", box=None, pad_edge=False)
-    for title in ("memory", "fits", "time", "energy"):
+    for title in ("memory", "fits", "time, at least", "energy"):
         table.add_column(title, justify="right")
     if measured is not None:
         table.add_row(

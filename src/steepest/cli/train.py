@@ -23,6 +23,7 @@ from steepest.data.shards import Index, is_prepared
 from steepest.errors import UserError
 from steepest.optim.presets import preset
 from steepest.report import live
+from steepest.report.formatting import significant
 from steepest.train import parsing
 from steepest.train.folder import RunFolder, check_resumes
 from steepest.train.group import meet, one_voice, wait_for_all
@@ -124,13 +125,14 @@ def _train_here(arguments: list[str], console: Console) -> None:
 
 
 def _ending(result: dict[str, Any], out: Path) -> str:
-    """Return how a run ended, at what loss and speed, and where it is."""
+    """Return how a run ended, why or at what loss and speed, and where it is."""
+    name, folder = f"{result['optimizer']} {result['status']}", out / result["hash"]
     if result["reason"]:
-        end = result["reason"].rstrip(".")
-    else:
-        end = f"validation loss {result['val_loss']:.4f} nats per token"
-    speed = f"{result['tokens_per_second']:,.0f} tokens/s"
-    return f"{result['optimizer']} {result['status']}: {end}, {speed}, {out / result['hash']}"
+        return f"{name}: {result['reason']} {folder}"
+    loss = f"validation loss {result['val_loss']:.4f} nats per token"
+    if perplexity := result.get("val_perplexity"):  # runs of before have none
+        loss += f", perplexity {significant(perplexity)}"
+    return f"{name}: {loss}, {result['tokens_per_second']:,.0f} tokens/s, {folder}"
 
 
 def _runtime_in(arguments: list[str]) -> train.Runtime:

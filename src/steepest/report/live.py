@@ -98,7 +98,7 @@ class LiveRace:
                 label,
                 f"{progress.step}/{progress.steps}",
                 "" if progress.loss is None else f"{progress.loss:.3f}",
-                _speed(progress) if progress.step else progress.phase,
+                _speed(progress) if progress.tokens_per_second else progress.phase,
             )
         return Group(table, self.bar)
 

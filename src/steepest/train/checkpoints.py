@@ -17,7 +17,7 @@ import steepest
 from steepest import files
 from steepest.errors import UserError
 
-SCHEMA = 2
+SCHEMA = 3
 """Of the content of a checkpoint, and of a result; another one is refused with a sentence."""
 
 NAME = re.compile(r"step-(\d{9,})(\.permanent)?\.pt")

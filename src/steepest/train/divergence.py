@@ -67,8 +67,8 @@ class DivergenceMonitor:
 
     def _nonfinite(self, step: int, loss: float | None) -> str:
         what = "gradient was not finite" if loss is None else f"training loss was {loss}"
-        before = f", after {self.patience} steps that were skipped" if self.patience else ""
-        return f"The {what} at step {step}{before}."
+        skipped = f", the last of {self.nonfinite} skipped steps in a row" if self.patience else ""
+        return f"The {what} at step {step}{skipped}."
 
     def state_dict(self) -> dict[str, object]:
         """Return what a checkpoint needs."""

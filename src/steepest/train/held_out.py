@@ -59,9 +59,9 @@ class HeldOut:
             self.averaged[name] = _finite(held_out.nats)
         numbers = {
             "val_loss": score.nats,
+            "val_perplexity": _finite(score.perplexity),
             "val_bits_per_byte": score.bits_per_byte,
-            "averaged": self.averaged,
-            "averaged_bits_per_byte": self._averaged_bits(),
+            **self._averaged(),
             **train,
         }
         return score.nats, numbers
@@ -84,18 +84,29 @@ class HeldOut:
             return None
         return evaluation.Score(nats, self.tokens.validation.bytes_per_token).bits_per_byte
 
-    def _averaged_bits(self) -> dict[str, float | None]:
-        return {name: self._bits(nats) for name, nats in self.averaged.items()}
+    def _perplexity(self, nats: float | None) -> float | None:
+        if nats is None:
+            return None
+        return _finite(evaluation.Score(nats, 1.0).perplexity)
+
+    def _averaged(self) -> dict[str, dict[str, float | None]]:
+        averaged = self.averaged.items()
+        return {
+            "averaged": self.averaged,
+            "averaged_perplexity": {name: self._perplexity(nats) for name, nats in averaged},
+            "averaged_bits_per_byte": {name: self._bits(nats) for name, nats in averaged},
+        }
 
     def summary(self, *, finished: bool) -> dict[str, Any]:
         """Return what a result tells; the last losses only of a run that is `finished`."""
         last = self.last if finished else None
+        averaged = self._averaged()
         return {
             "initial_val_loss": self.initial,
             "val_loss": last,
-            "averaged": self.averaged if finished else {},
-            "averaged_bits_per_byte": self._averaged_bits() if finished else {},
+            "val_perplexity": self._perplexity(last),
             "val_bits_per_byte": self._bits(last),
+            **(averaged if finished else {name: {} for name in averaged}),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -80,7 +80,11 @@ class Journal:
         state = self.state
         place = {"kind": kind, "step": step, "tokens": state.tokens}
         times = {name: round(seconds, 6) for name, seconds in state.clock.totals().items()}
-        seconds = {"seconds": round(state.clock.seconds, 6), "part_seconds": times}
+        seconds = {
+            "elapsed_seconds": round(state.clock.elapsed_seconds, 6),
+            "seconds": round(state.clock.seconds, 6),
+            "part_seconds": times,
+        }
         record = {**place, **numbers, **seconds}
         self.metrics.write(record)
         self.sinks.write(record)

@@ -24,7 +24,7 @@ from steepest.train.feeding import Feed
 from steepest.train.folder import RunFolder
 from steepest.train.journal import Journal
 from steepest.train.parallel import Parallel
-from steepest.train.progress import PROGRESS_SECONDS, Progress, progress_of
+from steepest.train.progress import PROGRESS_SECONDS, Pace, Progress, progress_of
 from steepest.train.result import result
 from steepest.train.run_state import RunState
 from steepest.train.step_taken import StepTaken
@@ -67,6 +67,7 @@ class Training:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.state = RunState(config, tokens, device, parallel)
         self.learner = self.state.learner
+        self.pace = Pace(self.state.clock)
         warnings = self.learner.warnings + self.resume()
         self.feed = Feed(loader, self.learner.batch, parallel, device)
         self.journal = Journal(self.state, tokens, folder, runtime, writes=self.first)
@@ -116,6 +117,7 @@ class Training:
                     self.save(last)
                 if stops:
                     raise Preempted(self.step)
+            self.pace.after(self.step)
             self.report("training")
         found = result(state, [*self.warnings, *self.journal.sinks.warnings])
         if self.first:
@@ -169,7 +171,7 @@ class Training:
         loss, numbers = self.state.held_out.measure()
         self.state.diverged = of_validation(self.step, loss)
         if self.state.diverged is None:
-            self.journal.write("eval", self.step, **numbers)
+            self.journal.write("eval", self.step, **numbers, memory_bytes=self.state.memory)
 
     def save(self, last: bool) -> None:
         """Write a checkpoint; the last one also has the weights to evaluate, if those differ."""
@@ -213,4 +215,4 @@ class Training:
         if self.on_progress is None or (now - self.reported < PROGRESS_SECONDS and not always):
             return
         self.reported = now
-        self.on_progress(progress_of(self.state, phase))
+        self.on_progress(progress_of(self.state, phase, self.pace))

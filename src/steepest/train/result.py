@@ -34,6 +34,7 @@ def result(state: RunState, warnings: list[str]) -> dict[str, Any]:
         "flops_per_token": state.flops_per_token,
         "mfu": state.mfu,
         "memory_bytes": state.memory,
+        "elapsed_seconds": clock.elapsed_seconds,
         "seconds": clock.seconds,
         "part_seconds": clock.totals(),
         "loss_spikes": state.spikes.count,

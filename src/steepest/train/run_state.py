@@ -31,10 +31,10 @@ class RunState:
         self, config: RunConfig, tokens: TokenData, device: torch.device, parallel: Parallel
     ) -> None:
         memory.forget_peak(device)
+        self.clock = StepClock(device)
         self.config, self.device, self.parallel = config, device, parallel
         self.learner = Learner(config, device, parallel)
         self.averages = Averages(config.averaging, self.learner.model)
-        self.clock = StepClock(device)
         self.held_out = HeldOut(config, tokens, self.learner, self.averages, self.clock)
         self.monitor = DivergenceMonitor(
             config.training.steps,

@@ -24,13 +24,15 @@ PARTS = ("data", "model", "optimizer")
 class StepClock:
     """Durations of whole steps and of their parts, in seconds.
 
-    `seconds` sums whole steps, over this process and the ones it resumed, and `totals` their parts.
+    `seconds` sums whole steps, over this process and the ones it resumed, and `totals` their parts;
+    `elapsed_seconds` is all of the time that those processes took.
     The first step of a process compiles kernels and fills caches: it is no part of the medians, and
     counts at most as long as the second, once there is one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._began, self._before = time.perf_counter(), 0.0
         self._first: tuple[float, ...] | None = None
         self._fresh = True  # until the second step of this process
         self._sums = [0.0] * (1 + len(PARTS))
@@ -81,6 +83,16 @@ class StepClock:
         self.saving_seconds += time.perf_counter() - start
 
     @property
+    def timed(self) -> bool:
+        """Whether a step of this process other than its first has been timed."""
+        return not self._fresh
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Wall time since the run began, less what processes took after their last checkpoints."""
+        return self._before + time.perf_counter() - self._began
+
+    @property
     def seconds(self) -> float:
         """Sum of the durations of steps."""
         return self._sums[0]
@@ -108,6 +120,7 @@ class StepClock:
         """Return what a checkpoint needs."""
         return {
             "sums": list(self._sums),
+            "elapsed_seconds": self.elapsed_seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "saving_seconds": self.saving_seconds,
             "steps": torch.tensor(list(self._steps), dtype=torch.float64),
@@ -116,12 +129,14 @@ class StepClock:
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue from `state_dict`."""
         sums, evaluation, steps = state["sums"], state["evaluation_seconds"], state["steps"]
-        saving = state.get("saving_seconds", 0.0)  # older checkpoints have none
+        saving, elapsed = state["saving_seconds"], state["elapsed_seconds"]
         assert isinstance(sums, list)
+        assert isinstance(elapsed, float)
         assert isinstance(evaluation, float)
         assert isinstance(saving, float)
         assert isinstance(steps, torch.Tensor)
         self._sums, self.evaluation_seconds, self.saving_seconds = sums, evaluation, saving
+        self._before = elapsed
         self._steps = deque(map(tuple, steps.tolist()), maxlen=WINDOW)
 
 

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from crash import set_trap  # type: ignore[import-not-found]
 
+import steepest
 from steepest.train import RunConfig, Runtime, checkpoints, run
 
 EVERY = 3
@@ -44,14 +44,41 @@ def in_a_fork(work: Callable[[], object]) -> int:
 
 def killed(config: RunConfig, runs: Path, instant: str, step: int) -> None:
     """Do a run that dies."""
+    from crash import set_trap  # type: ignore[import-not-found]  # from the folder of this script
+
     set_trap(instant, step)
     run(config, runs, runtime=RUNTIME)
 
 
-def state_of(runs: Path, steps: int) -> dict[str, object]:
+def often(name: str) -> dict[str, int]:
+    """Return hyperparameters with which what comes every so many steps comes every second one."""
+    known = steepest.describe(name).hyperparameters
+    return {key: 2 for key in known if key.endswith("_interval")}
+
+
+def drawn(name: str, steps: int) -> tuple[str, int]:
+    """Return an instant for the kill, and a step; a checkpoint is there by then."""
+    draw = random.Random(name)
+    instant = draw.choice(["record", "torn", "saving", "saved"])
+    if instant in ("record", "torn"):
+        return instant, draw.randrange(EVERY + 1, steps)
+    last = (steps - 1) // EVERY
+    return instant, EVERY * draw.randint(2 if instant == "saving" else 1, last)
+
+
+def began(runs: Path) -> list[int]:
+    """Return the steps that the sessions of a run began after."""
+    (folder,) = runs.iterdir()
+    sessions = json.loads((folder / "environment.json").read_text())["sessions"]
+    return [session["step"] for session in sessions]
+
+
+def state_of(runs: Path) -> dict[str, object]:
     """Return all that must be equal of a run, as bytes and numbers."""
     (folder,) = runs.iterdir()
-    state = checkpoints.load(checkpoints.path_of(folder / "checkpoints", steps))
+    newest = checkpoints.newest(folder / "checkpoints")
+    assert newest is not None
+    state = checkpoints.load(newest)
     result = json.loads((folder / "result.json").read_text())
     found: dict[str, object] = {"status": result["status"], "val_loss": result["val_loss"]}
     flatten({key: state[key] for key in state if key != "clock"}, "", found)
@@ -59,6 +86,7 @@ def state_of(runs: Path, steps: int) -> dict[str, object]:
 
 
 def flatten(value: object, place: str, found: dict[str, object]) -> None:
+    """Put all that is in a value into `found`, by its place."""
     if isinstance(value, torch.Tensor):
         plain = value.dequantize() if hasattr(value, "codes") else value
         found[place] = (
@@ -77,12 +105,9 @@ def flatten(value: object, place: str, found: dict[str, object]) -> None:
 
 def problem(name: str, base: RunConfig, folder: Path) -> str:
     """Return what was wrong with the runs of an optimizer; nothing if they were right."""
-    optimizer = dataclasses.replace(base.optimizer, name=name)
+    optimizer = dataclasses.replace(base.optimizer, name=name, options=often(name))
     config = dataclasses.replace(base, optimizer=optimizer)
-    steps = config.training.steps
-    draw = random.Random(name)
-    instant = draw.choice(["record", "torn", "saving", "saved"])
-    step = draw.randrange(1, steps) if instant in ("record", "torn") else EVERY * draw.randint(1, 3)
+    instant, step = drawn(name, config.training.steps)
     whole, cut = folder / name / "whole", folder / name / "killed"
     code = in_a_fork(lambda: killed(config, cut, instant, step))
     if code != -signal.SIGKILL:
@@ -90,7 +115,9 @@ def problem(name: str, base: RunConfig, folder: Path) -> str:
     for runs in (cut, whole):
         if code := in_a_fork(lambda runs=runs: run(config, runs, runtime=RUNTIME)):
             return f"exit code {code} in {runs}"
-    left, right = state_of(cut, steps), state_of(whole, steps)
+    if not (len(sessions := began(cut)) == 2 and sessions[1] > 0):
+        return f"after {instant} {step}: sessions began after steps {sessions}"
+    left, right = state_of(cut), state_of(whole)
     if left["status"] != "finished":
         return str(left["status"])
     other = [key for key in left.keys() | right.keys() if left.get(key) != right.get(key)]

@@ -91,7 +91,8 @@ def test_a_step_reads_no_tensor(name: str, make_config: MakeConfig) -> None:
 def test_no_optimizer_s_step_reads_a_tensor(name: str, make_config: MakeConfig) -> None:
     """Nor do steps that do what comes every so many, but q_galore's, which asks what is due."""
     known = steepest.describe(name).hyperparameters
-    often = {"update_interval": 2} if "update_interval" in known and name != "q_galore" else {}
+    every = [key for key in known if key.endswith("_interval")]
+    often: dict[str, Any] = dict.fromkeys(every if name != "q_galore" else [], 2)
     options = often | ({"exact": True} if "exact" in known else {})
     take_steps(learner_of(make_config, name, torch.device("cpu"), options), 4)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from steepest.errors import UserError
-from steepest.train import FailedElsewhere, RunConfig, Runtime, read_metrics, run
+from steepest.train import FailedElsewhere, RunConfig, Runtime, checkpoints, read_metrics, run
 from steepest.train.parallel import check_batch, join, own_gpu
 
 from .conftest import MakeConfig
@@ -72,6 +72,19 @@ def numbers(folder: Path, result: dict[str, Any]) -> tuple[list[float], list[flo
         found += record.get("averaged", {}).values()
         norms += [record["grad_norm"]] if "grad_norm" in record else []
     return found, norms
+
+
+def newest(folder: Path) -> Path:
+    """Return the file of the newest checkpoint of a run."""
+    found = checkpoints.newest(folder / "checkpoints")
+    assert found is not None
+    return found
+
+
+def steps_begun(folder: Path) -> list[int]:
+    """Return the steps that the sessions of a run began after."""
+    environment = json.loads((folder / "environment.json").read_text())
+    return [session["step"] for session in environment["sessions"]]
 
 
 @pytest.fixture
@@ -157,15 +170,19 @@ def test_a_sharded_run_continues_to_the_same_bits(make_config: MakeConfig, tmp_p
         jobs = [f"fsdp\n{file}"]
         mp.spawn(one_process, args=(2, free_port(), str(tmp_path), jobs), nprocs=2)
         (result,) = (tmp_path / "fsdp").glob("*/result.json")
-        (last,) = (tmp_path / "fsdp").glob("*/checkpoints/step-000000008*.pt")
-        found: dict[str, Any] = torch.load(last, weights_only=True)["learner"]
+        last = newest(result.parent)
+        state = checkpoints.load(last)
+        assert state["step"] == 8
         last.unlink()
         result.unlink()
-        return last, found
+        before = checkpoints.load(newest(result.parent))["step"]
+        assert before == 4
+        found: dict[str, Any] = state["learner"]
+        return result.parent, found
 
-    last, whole = train()
-    assert last.with_name(last.name.replace("8", "4")).exists()
+    folder, whole = train()
     _, resumed = train()
+    assert steps_begun(folder) == [0, 4]
     for key, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][key]), key
     assert value.shape == torch.Size([300, 16])  # not a shard of it
@@ -223,12 +240,14 @@ def test_machines_need_not_see_each_others_files(
     alone = run(config, tmp_path / "one", runtime=Runtime(threads=1, log_every=1))
     together = losses(outs[0], alone)
     assert together == pytest.approx(losses(tmp_path / "one", alone), rel=1e-5)
-    (last,) = result.parent.glob("checkpoints/step-000000008*.pt")
-    whole = torch.load(last, weights_only=True)
+    last = newest(result.parent)
+    whole = checkpoints.load(last)
     last.unlink()
     result.unlink()
-    machines(starter, way, file, outs, child_environment)  # from step 4, which the first one has
-    resumed = torch.load(last, weights_only=True)
+    machines(starter, way, file, outs, child_environment)
+    assert steps_begun(result.parent) == [0, 4]  # which the first one has
+    resumed = checkpoints.load(newest(result.parent))
+    assert resumed["step"] == whole["step"] == 8
     assert losses(outs[0], alone) == together
     for key, value in whole["learner"]["model"].items():
         assert torch.equal(value, resumed["learner"]["model"][key]), key

@@ -88,6 +88,12 @@ def galore(s: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup))) / 2
 
 
+def galore_linear(s: int, steps: int, warmup: int) -> float:
+    if s < warmup:
+        return float(s) / float(max(1, warmup))
+    return max(0.0, float(steps - s) / float(max(1, steps - warmup)))
+
+
 def torchtitan(s: int, steps: int, warmup: int) -> float:
     stable = 1  # steps at the peak after warmup: the run is taken to be one step longer
     if s < warmup:
@@ -96,6 +102,20 @@ def torchtitan(s: int, steps: int, warmup: int) -> float:
         return 1.0
     part = (s + 1 - warmup - stable) / (steps - warmup)
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part))
+
+
+def torchtitan_wsd(s: int, steps: int, warmup: int, decay: int, shape: str) -> float:
+    held = steps + 1 - decay  # the run is taken to be one step longer
+    if s < warmup:
+        return (s + 1) / warmup
+    if s < held:
+        return 1.0
+    part = (s + 1 - held) / decay
+    return {
+        "linear": 1 - part,
+        "sqrt": 1 - math.sqrt(part),
+        "cosine": 0.5 * (1 + math.cos(math.pi * part)),
+    }[shape]
 
 
 def modded_nanogpt(s: int, steps: int, warmup: int) -> float:
@@ -117,6 +137,7 @@ def transformer(s: int, steps: int, warmup: int) -> float:
         ("epfl_wsd", epfl_wsd),
         ("epfl_cos_inf", epfl_cos_inf),
         ("galore_cosine", galore),
+        ("galore_linear", galore_linear),
         ("torchtitan_cosine", torchtitan),
         ("modded_nanogpt_trapezoid", modded_nanogpt),
         ("transformer_inverse_sqrt", transformer),
@@ -127,6 +148,21 @@ def test_formulas(name: str, formula: Formula, steps: int, warmup: int) -> None:
     changes = {"constant_steps": steps // 4} if name == "epfl_cos_inf" else {}
     expected = [formula(step, steps, warmup) for step in range(steps)]
     assert values(name, steps, warmup, **changes) == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("settings", [{}, *({"decay_shape": s} for s in ("sqrt", "cosine"))])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("ratio", [0.2, 0.29, 0.5])
+@pytest.mark.parametrize(("steps", "warmup"), CASES)
+def test_torchtitan_with_a_ratio_of_decay(
+    settings: dict[str, str], floor: float, ratio: float, steps: int, warmup: int
+) -> None:
+    decay, shape = round(ratio * steps), settings.get("decay_shape", "linear")
+    factors = [torchtitan_wsd(s, steps, warmup, decay, shape) for s in range(steps)]
+    expected = [f if s < warmup else floor + (1 - floor) * f for s, f in enumerate(factors)]
+    changes: dict[str, Any] = {"decay_fraction": (decay + 0.5) / steps, **settings}
+    changes |= {"final_lr_ratio": floor} if floor else {}
+    assert values("torchtitan_wsd", steps, warmup, **changes) == pytest.approx(expected, abs=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +188,12 @@ def test_corners_of_runs_as_they_were_launched() -> None:
     assert 0.1 < stage_1[-1] < 0.1 + 1e-8
     stage_2 = values("torchtitan_cosine", 30_720, 1024)
     assert (stage_2[0], stage_2[1023], stage_2[1024]) == (1 / 1024, 1.0, 1.0)
+    line = values("galore_linear", 60_000, 6000)
+    assert (line[0], line[6000], line[33_000]) == (0.0, 1.0, 0.5)
+    assert line[-1] == pytest.approx(1 / 54_000)
+    held = values("torchtitan_wsd", 30_720, 1024, decay_fraction=0.1)
+    assert (held[1023], held[27_648], held[29_184]) == (1.0, 1.0, 0.5)
+    assert held[-1] == pytest.approx(1 / 3072)
 
 
 def test_an_unknown_one_is_named() -> None:

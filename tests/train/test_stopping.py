@@ -18,13 +18,13 @@ import pytest
 
 from steepest.cli.train import train_one
 from steepest.errors import UserError
-from steepest.train import REQUEUE, RunConfig, Runtime, read_metrics, run
+from steepest.train import REQUEUE, RunConfig, Runtime, checkpoints, read_metrics, run
 from steepest.train.group import LOST
 from steepest.train.processes import Place, check_started, place_of, run_together
 from steepest.train.slurm import first_host
 
 from .conftest import MakeConfig
-from .test_parallel import free_port
+from .test_parallel import free_port, steps_begun
 from .test_resume import assert_same_run
 
 STEPS = 60
@@ -120,6 +120,46 @@ def test_several_processes_stop_together(
         for f in (folder, whole)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_save_when_it_is_told_to_end(
+    start: Start, whole: Path, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    """`start` has written the config; torchrun's own exit code is 1, whatever its processes' is."""
+    folder = tmp_path / "runs" / whole.name
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command += ["-m", "steepest", "train", str(tmp_path / "run.toml"), "--out", str(folder.parent)]
+    command += ["--runtime.threads", "1", "--runtime.log-every", "1"]
+
+    def torchrun() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, env={**child_environment, "GLOO_SOCKET_IFNAME": "lo"},
+            text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    process = torchrun()
+    wait_for_step(process, folder, 5)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=300)
+    last = read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert 5 <= last < STEPS
+    assert errors.count(f"saved after step {last}; the same command continues") == 1
+    assert process.returncode != 0, (output, errors)
+    descendants_are_gone(folder)
+    newest = checkpoints.newest(folder / "checkpoints")
+    assert newest is not None
+    assert checkpoints.load(newest)["step"] == last
+    process = torchrun()
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, (output, errors)
+    assert steps_begun(folder) == [0, last]
+    both = [
+        [record.get("loss", record.get("val_loss")) for record in read_metrics(f / "metrics.jsonl")]
+        for f in (folder, whole)
+    ]
+    assert both[0] == pytest.approx(both[1], rel=1e-4)
 
 
 def descendants_are_gone(folder: Path) -> None:

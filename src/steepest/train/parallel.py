@@ -120,6 +120,9 @@ class Replicated(Parallel):
         self._wrapped = DistributedDataParallel(
             objective, device_ids=gpus, gradient_as_bucket_view=True
         )
+        # Buffers are tables that do not change. The argument of this is called otherwise since
+        # torch 2.13, the attribute is not.
+        self._wrapped.broadcast_buffers = False
         return self._wrapped
 
     @contextmanager

@@ -211,7 +211,6 @@ class {name}(AdamW):
     "failure",
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "process 1 was killed by SIGKILL."),
-        ("raise ArithmeticError('of my own')", 1, "ArithmeticError: of my own"),
         ("from steepest.errors import UserError; raise UserError('No.')", 2, "steepest: No."),
     ],
 )

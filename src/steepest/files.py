@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import platform
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from steepest.errors import UserError
 
@@ -126,3 +130,32 @@ def disk_errors(folder: Path, then: str = CONTINUES) -> Iterator[None]:
             raise
         reason = reasons.get(error.errno or 0, error.strerror)
         raise UserError(f"{folder} cannot be written to: {reason}{then}") from error
+
+
+def claim(file: IO[str], work: str, otherwise: str) -> None:
+    """Lock a file, opened for reading, too, until it is closed, as when the process dies.
+
+    Raises UserError if another process has it, whose `work` it is, and says what to do `otherwise`
+    than to wait. Some network file systems have no locks, of which the user is warned.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"Another process ({file.read().strip() or 'just started'}) {work}; wait until it "
+            f"ends, or {otherwise}."
+        ) from None
+    except OSError as error:
+        warnings.warn(
+            f"{file.name} cannot be locked ({error.strerror}), so see to it that no other process "
+            f"{work}.",
+            stacklevel=3,
+        )
+
+
+def sign(file: IO[str]) -> None:
+    """Write in a claimed file which process has it, for the others to tell."""
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}\n")
+    file.flush()

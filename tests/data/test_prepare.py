@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import random
@@ -335,3 +337,15 @@ def test_progress_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert last.tokens_per_second > 0
     assert last.bytes_per_second > last.tokens_per_second / 2
     assert last.seconds_left is not None
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.warns(UserWarning, match=r"No locks .*no other process prepares a corpus in"):
+        prepare(ListSource(texts(100), texts(3, seed=1)), BYTES, tmp_path / "out")
+    verify(tmp_path / "out")

@@ -142,6 +142,17 @@ def test_a_gradient_that_says_nothing_asks_for_nothing(value: float) -> None:
     assert test.wanted(model.weight.grad.norm(), 8).item() == 0.0
 
 
+def asked_by_hand(learner: Learner, batch: data.Batch) -> float:
+    """Return the rows that the norm test asks for, from the gradients of all parts."""
+    gradients = []
+    for part in learner.parts(batch):
+        learner.model.zero_grad()
+        learner.model.loss(part.tokens, part.targets).backward()  # type: ignore[no-untyped-call]
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters]).double())  # type: ignore[union-attr]
+    stacked = torch.stack(gradients)
+    return (2 * stacked.var(0).sum() / (0.6**2 * stacked.mean(0).square().sum())).item()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_comparing_parts_leaves_the_gradient_as_it_was(
     tied: bool, make_config: MakeConfig, corpus: Path
@@ -160,14 +171,8 @@ def test_comparing_parts_leaves_the_gradient_as_it_was(
             assert b.grad is not None
             assert torch.equal(a.grad, b.grad)
         assert results[0].loss == results[1].loss
-        gradients = []
-        for part in plain.parts(batch):
-            plain.model.zero_grad()
-            plain.model.loss(part.tokens, part.targets).backward()  # type: ignore[no-untyped-call]
-            gradients.append(torch.cat([p.grad.flatten() for p in plain.parameters]).double())  # type: ignore[union-attr]
-        stacked = torch.stack(gradients)
-        wanted = 2 * stacked.var(0).sum() / (0.6**2 * stacked.mean(0).square().sum())
-        assert results[1].statistics[WANTED].item() == pytest.approx(wanted.item(), rel=1e-4)
+        asked = results[1].statistics[WANTED].item()
+        assert asked == pytest.approx(asked_by_hand(plain, batch), rel=1e-4)
 
 
 @pytest.mark.parametrize("choice", ["compiled", "q_apollo", "pure_bfloat16"])
@@ -183,14 +188,7 @@ def test_the_norm_test_sees_gradients_however_they_are_made(
     torch.manual_seed(0)
     batch = data.Batch(*torch.randint(300, (2, 8, 16)))
     found = learner.gradient(batch).statistics[WANTED].item()
-    parts = []
-    for part in learner.parts(batch):
-        learner.model.zero_grad()
-        learner.model.loss(part.tokens, part.targets).backward()  # type: ignore[no-untyped-call]
-        parts.append(torch.cat([p.grad.flatten() for p in learner.parameters]).double())  # type: ignore[union-attr]
-    stacked = torch.stack(parts)
-    wanted = 2 * stacked.var(0).sum() / (0.6**2 * stacked.mean(0).square().sum())
-    assert found == pytest.approx(wanted.item(), rel=1e-2 if numbers else 1e-5)
+    assert found == pytest.approx(asked_by_hand(learner, batch), rel=1e-2 if numbers else 1e-5)
 
 
 def test_batches_of_any_size_take_the_rows_in_order(corpus: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -38,19 +35,10 @@ def claimed(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+", encoding="utf-8")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(
-                f"Another process ({lock.read().strip() or 'just started'}) prepares a corpus in "
-                f"{folder}; wait until it ends, or choose another folder."
-            ) from None
+        files.claim(lock, f"prepares a corpus in {folder}", "choose another folder")
         try:
             with files.disk_errors(folder):
-                lock.truncate(0)
-                lock.write(f"{os.getpid()} on {platform.node()}\n")
-                lock.flush()
+                files.sign(lock)
             yield
         finally:
             if not is_prepared(folder):

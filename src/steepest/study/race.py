@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import math
 import time
@@ -166,14 +165,9 @@ def run_race(plan: RacePlan, out: Path, *, jobs: int, watcher: Watcher) -> None:
             f"The directory of the race, {out}, cannot be made: {error.strerror}; choose another "
             "with --out."
         ) from None
-    with (out / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"Another race is under way in {out}; wait until it ends, or choose another "
-                "directory with --out."
-            ) from None
+    with (out / "lock").open("a+", encoding="utf-8") as lock:
+        files.claim(lock, f"works on the race in {out}", "choose another directory with --out")
+        files.sign(lock)
         _Race(plan, out, watcher).run(jobs)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import platform
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from steepest import files
 from steepest.errors import UserError
@@ -125,35 +122,12 @@ def opened(runs_dir: Path, config: RunConfig, *, shared: bool = False) -> Iterat
         files.make_folder(folder.checkpoints)
         lock = (folder.path / "lock").open("a+", encoding="utf-8")
     with lock:
-        _lock(lock, folder.path)
+        work = f"works on the run in {folder.path}"
+        files.claim(lock, work, "use another runs directory")
         with files.disk_errors(folder.path):
-            lock.truncate(0)
-            lock.write(f"{os.getpid()} on {platform.node()}\n")
-            lock.flush()
+            files.sign(lock)
             files.remove_leftovers(folder.path)
             files.remove_leftovers(folder.checkpoints)
             if not folder.config.exists():
                 files.write_text(folder.config, config.to_toml())
         yield folder
-
-
-def _lock(file: IO[str], folder: Path) -> None:
-    """Lock a file until it is closed; the system does so when the process dies.
-
-    Raises UserError if another process has locked it. Some network file systems have no locks, of
-    which the user is warned.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"Another process ({file.read().strip() or 'just started'}) works on the run in "
-            f"{folder}; wait until it ends, or use another runs directory."
-        ) from None
-    except OSError as error:
-        warnings.warn(
-            f"{folder} cannot be locked ({error.strerror}), so see to it that no other process "
-            "works on this run.",
-            stacklevel=2,
-        )
